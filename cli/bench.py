@@ -1,0 +1,50 @@
+"""`sx-gguf bench`: what Self-Extend costs."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from selfextend_gguf import bench as measure
+from selfextend_gguf.models import TINY_MODEL
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--smollm-135m", is_flag=True, help="Measure a random-weight model of SmolLM-135M's shape.")
+@click.option("--length", type=click.IntRange(512), default=8192, show_default=True, help="Tokens to read.")
+@click.option("-n", "--predict", type=click.IntRange(1), default=128, show_default=True, help="Tokens to evaluate one by one.")
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Measurements; medians are shown.")
+@click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
+def bench(
+    model: Path | None, smollm_135m: bool, length: int, predict: int, repeat: int, threads: int | None, as_json: bool
+) -> None:
+    """Compare time and memory with plain llama_cpp.Llama, interleaved in one run [bundled model].
+
+    \b
+    Examples:
+        sx-gguf bench
+        sx-gguf bench --smollm-135m --repeat 1
+    """
+    if model is not None and smollm_135m:
+        raise click.UsageError("give a model or --smollm-135m, not both")
+    with tempfile.TemporaryDirectory() as folder:
+        path = model or TINY_MODEL
+        if smollm_135m:
+            path = Path(folder) / "smollm-135m-random.gguf"
+            measure.write_random_model(path, measure.SMOLLM_135M)
+        result = measure.run(path, length, predict, repeat, threads)
+    if as_json:
+        click.echo(json.dumps({"model": path.name, "length": length, "predict": predict} | asdict(result)))
+        return
+    click.echo(f"{path.name}, {length} tokens, medians of {repeat}, interleaved")
+    click.echo(f"{'':<28}{'Self-Extend':>14}{'llama.cpp':>14}{'ratio':>8}")
+    for name, ratio in ((f"read {length} tokens", result.read), (f"then {predict} one by one", result.generate)):
+        click.echo(f"{name:<28}{ratio.extended_seconds:>12.2f} s{ratio.plain_seconds:>12.2f} s{ratio.ratio:>8.3f}")
+    peaks = result.extended_peak, result.plain_peak
+    click.echo(f"{'peak memory':<28}{peaks[0] / 2**20:>10.0f} MiB{peaks[1] / 2**20:>10.0f} MiB{peaks[0] / peaks[1]:>8.3f}")

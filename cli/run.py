@@ -1,0 +1,185 @@
+"""`sx-gguf run`: complete a prompt of any length."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import click
+
+from selfextend_gguf._native import watch_interrupts
+from selfextend_gguf.cli.errors import EXIT_INTERRUPTED
+from selfextend_gguf.cli.options import (
+    device_options,
+    llama_arguments,
+    model_argument,
+    sampling_options,
+    self_extend_options,
+    verbose_option,
+)
+from selfextend_gguf.errors import ContextFullError
+from selfextend_gguf.generate import Piece, Timings, stream_completion
+from selfextend_gguf.llama import Llama
+from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.prompt import Prompt, chat_prompt, raw_prompt
+
+
+@click.command()
+@model_argument
+@click.argument("prompt", required=False)
+@click.option("-p", "--prompt", "prompt_option", help="The prompt, or the question about the text of -f.")
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text file to read first; - = standard input.")
+@click.option("-c", "--ctx", type=click.IntRange(1), help="Context in tokens [what prompt and answer need].")
+@click.option("-n", "--predict", type=click.IntRange(1), default=256, show_default=True, help="Most tokens to generate.")
+@click.option("-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once.")
+@click.option("--raw", is_flag=True, help="Leave out the model's chat template.")
+@click.option("--system", help="System message for the chat template.")
+@self_extend_options
+@sampling_options
+@device_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON record instead of streaming the text.")
+@click.option("--timings", is_flag=True, help="Print speeds on standard error.")
+@verbose_option
+def run(
+    model: Path, prompt: str | None, prompt_option: str | None, file: Path | None, ctx: int | None, predict: int,
+    batch_size: int, raw: bool, system: str | None, temp: float, top_k: int, top_p: float, min_p: float,
+    repeat_penalty: float, seed: int | None, as_json: bool, timings: bool, **options: Any,
+) -> None:
+    """Complete a prompt; a text longer than the trained context is extended without asking.
+
+    The prompt is the argument, -p, -f FILE or standard input; with -f and a prompt, the file comes first.
+
+    \b
+    Examples:
+        sx-gguf run model.gguf "Once upon a time"
+        sx-gguf run model.gguf -f book.txt -p "Who is the narrator?"
+        sx-gguf run model.gguf --ctx 16384 < book.txt
+    """
+    text = read_prompt(prompt, prompt_option, file)
+    with ModelInfo(model, verbose=options["verbose"]) as info:
+        if info.chat_template and not raw:
+            tokens = chat_prompt(info, text, system)
+        else:
+            tokens = raw_prompt(info, text)
+    if not tokens.tokens:
+        raise click.UsageError("the prompt is empty")
+    n_ctx = ctx or len(tokens.tokens) + predict + 1
+    if len(tokens.tokens) >= -(-n_ctx // 256) * 256:
+        raise ContextFullError(f"Requested tokens ({len(tokens.tokens)}) exceed context window of {n_ctx}")
+
+    began = time.perf_counter()
+    llm = Llama(str(model), n_ctx=n_ctx, n_batch=batch_size, seed=-1 if seed is None else seed, **llama_arguments(**options))
+    load_seconds = time.perf_counter() - began
+    watch_interrupts(llm.ctx)
+    sampling = {
+        "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repeat_penalty": repeat_penalty, "seed": seed,
+    }
+    try:
+        answer, last = print_answer(llm, tokens, predict, sampling, echo=not as_json)
+        if as_json:
+            click.echo(json.dumps(record(model, llm, answer, last, load_seconds)))
+        if timings and last:
+            print_timings(last.timings, load_seconds)
+    finally:
+        llm.close()
+
+
+def read_prompt(argument: str | None, option: str | None, file: Path | None) -> str:
+    """Text to complete: the file (or standard input, if nothing else is given), then the prompt."""
+    if argument is not None and option is not None:
+        raise click.UsageError("give the prompt as an argument or with -p, not both")
+    prompt = argument if argument is not None else option
+    if prompt is None and file is None:
+        if sys.stdin.isatty():
+            raise click.UsageError("no prompt: give it as an argument, with -p, with -f FILE, or on standard input")
+        file = Path("-")
+    if file is None:
+        return prompt or ""
+    name, content = ("standard input", sys.stdin.buffer.read()) if str(file) == "-" else (str(file), file.read_bytes())
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"{name} is not UTF-8 text: invalid byte at offset {error.start}") from error
+    return text if prompt is None else f"{text.rstrip()}\n\n{prompt}"
+
+
+def print_answer(
+    llm: Llama, prompt: Prompt, max_tokens: int, sampling: dict[str, Any], *, echo: bool
+) -> tuple[str, Piece | None]:
+    """Generate, streaming to standard output if `echo`; the whole answer and its last piece."""
+    answer, last = [], None
+    n_read = 0
+    try:
+        with reading_bar(len(prompt.tokens)) as show:
+
+            def on_read(done: int, total: int) -> None:
+                nonlocal n_read
+                n_read = done
+                show(done)
+
+            pieces = stream_completion(llm, prompt, max_tokens=max_tokens, on_read=on_read, **sampling)
+            first = next(pieces, None)
+        for piece in chain([first] if first else [], pieces):
+            answer.append(piece.text)
+            last = piece
+            if echo:
+                click.echo(piece.text, nl=False)
+    except KeyboardInterrupt:
+        if n_read < len(prompt.tokens):
+            click.echo(f"Interrupted after reading {n_read} of {len(prompt.tokens)} tokens.", err=True)
+        else:
+            click.echo("\nInterrupted while generating.", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    if echo:
+        click.echo()
+    return "".join(answer), last
+
+
+@contextmanager
+def reading_bar(n_tokens: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error while the prompt is read, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    began = time.perf_counter()
+
+    def speed(done: int | None) -> str | None:
+        return None if not done else f"{done} of {n_tokens} tokens, {done / (time.perf_counter() - began):.0f} tokens/s"
+
+    with click.progressbar(length=n_tokens, label="Reading", file=sys.stderr, item_show_func=speed) as bar:
+        yield lambda done: bar.update(done - bar.pos, current_item=done)
+
+
+def record(model: Path, llm: Llama, answer: str, last: Piece | None, load_seconds: float) -> dict[str, Any]:
+    """Everything about a completion, for --json."""
+    timings = last.timings.as_dict() if last else {}
+    return {
+        "model": str(model),
+        "text": answer,
+        "finish_reason": last.finish_reason if last else None,
+        "prompt_tokens": timings.pop("prompt_tokens", 0),
+        "generated_tokens": timings.pop("generated_tokens", 0),
+        "n_ctx": llm.n_ctx(),
+        "self_extend": asdict(llm.self_extend) if llm.self_extend else None,
+        "timings": {"load_seconds": load_seconds, **timings},
+    }
+
+
+def print_timings(timings: Timings, load_seconds: float) -> None:
+    """Speeds on standard error."""
+    numbers = timings.as_dict()
+    click.echo(
+        f"load {load_seconds:.2f} s | prompt {timings.prompt_tokens} tokens, {timings.prompt_seconds:.2f} s, "
+        f"{numbers['prompt_tokens_per_second']:.1f} tokens/s | generated {timings.generated_tokens} tokens, "
+        f"{timings.generate_seconds:.2f} s, {numbers['generated_tokens_per_second']:.1f} tokens/s | "
+        f"rewriting keys {timings.rewrite_seconds:.3f} s",
+        err=True,
+    )

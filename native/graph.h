@@ -1,0 +1,38 @@
+// Reading a llama.cpp compute graph: where a layer's keys are written and how they were rotated.
+#ifndef SX_GRAPH_H
+#define SX_GRAPH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ggml.h"
+
+// RoPE of one layer, as its ggml node carries it; angles in radians per position.
+struct sx_rope {
+    int32_t n_dims;      // rotated elements of a head
+    int32_t n_offset;    // first rotated element
+    int32_t mode;        // GGML_ROPE_TYPE_NORMAL or GGML_ROPE_TYPE_NEOX
+    int32_t n_ctx_orig;  // YaRN's original context
+    float   freq_base;
+    float   freq_scale;
+    float   ext_factor;  // YaRN mix, 0 = none
+    float   beta_fast;
+    float   beta_slow;
+    int64_t head_dim;    // elements of a head
+    const struct ggml_tensor * positions;     // (n_tokens) int32, the node's input
+    const struct ggml_tensor * freq_factors;  // (n_dims / 2) float, or NULL
+};
+
+// The K tensor (row = cell) that `node` writes keys to, and its layer number; NULL for any other node.
+struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * layer);
+
+enum sx_key_path {
+    SX_KEY_ROPE,     // rotated last thing before the cache: *rope is set
+    SX_KEY_NO_ROPE,  // never rotated
+    SX_KEY_UNKNOWN,  // rotated, but something this library does not know happens afterwards: *op says what
+};
+
+// Follow the keys that `node` (see above) writes back to their RoPE.
+enum sx_key_path sx_graph_key_rope(const struct ggml_tensor * node, struct sx_rope * rope, const char ** op);
+
+#endif

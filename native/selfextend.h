@@ -1,0 +1,173 @@
+/*
+ * Self-Extend (arXiv 2401.01325) for llama.cpp: read texts longer than the trained context of a RoPE model
+ * by giving the cached keys outside a neighbor window shared, "grouped" key positions.
+ *
+ * Words used throughout
+ *   token index   0-based place of a token in the text; llama.cpp's own position of it and of its cache cell
+ *   key position  P(k), the position the cached key of token k stands for; a query always stands at its
+ *                 token index, so it sees key k at the distance q - P(k)
+ *   frame         RoPE scores depend on differences only, so the angles really stored are those of
+ *                 P(k) - P(0), and new queries and keys are rotated to (token index) - P(0). Keys of one
+ *                 group then keep their stored angle while the window moves on: each key is rewritten a
+ *                 few times in its life, not once per step.
+ *
+ * Thread safety
+ *   The schedule functions are pure. An engine belongs to one llama_context and must be used by one thread
+ *   at a time, like the context. sx_last_error() is per thread.
+ *
+ * Usage
+ *   sx_engine * engine = sx_engine_init(n_ctx);
+ *   cparams.cb_eval           = sx_engine_eval_callback;
+ *   cparams.cb_eval_user_data = engine;
+ *   struct llama_context * ctx = llama_init_from_model(model, cparams);
+ *   if (sx_engine_attach(engine, ctx) != SX_OK) { puts(sx_last_error()); ... }
+ *
+ *   // before every decode of tokens [n_cached, n_total):
+ *   sx_schedule_positions(&params, n_cached, n_total, positions);      // plan: integers only
+ *   sx_engine_set_key_positions(engine, positions, n_cached);          // apply: rotates the changed keys
+ *   sx_engine_decode(engine, batch);                                   // run
+ *
+ *   // roll back to n tokens: first llama_memory_seq_rm(memory, 0, n, -1), then
+ *   sx_engine_truncate(engine, n);
+ *
+ *   llama_free(ctx);          // the context calls into the engine, so it goes first
+ *   sx_engine_free(engine);
+ */
+#ifndef SELFEXTEND_H
+#define SELFEXTEND_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SX_API __attribute__((visibility("default")))
+
+enum sx_status {
+    SX_OK           =  0,
+    SX_ERR_ARGUMENT = -1,  // a parameter is out of range
+    SX_ERR_SCHEDULE = -2,  // the schedule cannot keep its distances for this step
+    SX_ERR_MODEL    = -3,  // the model or context cannot be extended
+    SX_ERR_DECODE   = -4,  // llama_decode failed
+    SX_ERR_CACHE    = -5,  // cache and bookkeeping disagree
+    SX_ERR_MEMORY   = -6,  // out of memory on the host or on a device
+    SX_ERR_DEVICE   = -7,  // a device could not run the rotation
+};
+
+enum sx_schedule {
+    SX_SCHEDULE_SELFEXTEND = 0,  // plain up to the trained context, then the largest window that fits
+    SX_SCHEDULE_PAPER      = 1,  // always grouped beyond a fixed neighbor window
+};
+
+// What a schedule needs to know; all lengths in tokens.
+struct sx_params {
+    int32_t schedule;         // enum sx_schedule
+    int32_t n_ctx_train;      // trained context L
+    int32_t group_size;       // G >= 1: tokens that share one key position
+    int32_t neighbor_window;  // W >= 1: latest tokens that always keep their exact distances
+    int32_t max_distance;     // D: distances stay below it
+    int32_t block_size;       // the boundary between grouped and exact keys moves in such steps
+};
+
+struct sx_stats {
+    int64_t n_rewrites;  // steps that changed the angle of at least one key
+    int64_t n_rows;      // cache rows (tokens) rotated, summed over those steps; each in every layer
+    int64_t t_us;        // time spent rotating, microseconds
+};
+
+typedef struct sx_engine sx_engine;
+
+// Message of the last failed call on this thread ("" if none); valid until the next failing call.
+SX_API const char * sx_last_error(void);
+
+// Version of llama-cpp-python whose headers this library was compiled against, e.g. "0.3.36".
+SX_API const char * sx_built_against(void);
+
+/*
+ * Boundary g of a step that decodes tokens [n_cached, n_total): keys k < g are grouped, the others exact.
+ *   SX_OK            *boundary is set, 0 <= *boundary <= n_cached
+ *   SX_ERR_ARGUMENT  params or counts out of range; *boundary untouched
+ *   SX_ERR_SCHEDULE  no boundary keeps all distances below max_distance and the window at least
+ *                    neighbor_window; *boundary untouched. Decode fewer tokens at once or take a larger group.
+ */
+SX_API int32_t sx_schedule_boundary(
+        const struct sx_params * params, int32_t n_cached, int32_t n_total, int32_t * boundary);
+
+/*
+ * Key positions P(0..n_cached-1) for the same step: P(k) = g - g/G + k/G for k < g (integer division), else k.
+ * positions: (n_cached) int32, written only on SX_OK. Return codes as sx_schedule_boundary.
+ */
+SX_API int32_t sx_schedule_positions(
+        const struct sx_params * params, int32_t n_cached, int32_t n_total, int32_t * positions);
+
+// A new engine for a context of at most n_ctx tokens; NULL and sx_last_error() on failure.
+SX_API sx_engine * sx_engine_init(int32_t n_ctx);
+
+// Free an engine (NULL is fine). Its llama_context must have been freed or must never decode again.
+SX_API void sx_engine_free(sx_engine * engine);
+
+// For llama_context_params.cb_eval, with the engine as cb_eval_user_data. Never asks to see a result.
+SX_API bool sx_engine_eval_callback(struct ggml_tensor * node, bool ask, void * engine);
+
+/*
+ * Find every layer's keys and RoPE by one warm-up decode, then clear the memory of ctx.
+ *   SX_OK          the engine holds 0 tokens and is ready
+ *   SX_ERR_MODEL   sx_last_error() says why it cannot be extended; ctx stays usable for other purposes
+ *   SX_ERR_DECODE, SX_ERR_MEMORY, SX_ERR_DEVICE   likewise
+ */
+SX_API int32_t sx_engine_attach(sx_engine * engine, struct llama_context * ctx);
+
+// Number of layers whose keys are rewritten (layers without RoPE are not counted); 0 before attach.
+SX_API int32_t sx_engine_n_layers(const sx_engine * engine);
+
+// Number of cached tokens.
+SX_API int32_t sx_engine_n_tokens(const sx_engine * engine);
+
+// Copy P(0..n_tokens-1) to positions, (n_tokens) int32.
+SX_API void sx_engine_get_key_positions(const sx_engine * engine, int32_t * positions);
+
+/*
+ * Rotate cached keys from the positions they hold to `positions`, (n) int32 with n = sx_engine_n_tokens().
+ *   SX_OK            all keys stand for the new positions
+ *   SX_ERR_ARGUMENT  wrong n, or a position outside [0, n_ctx]: nothing changed
+ *   SX_ERR_MEMORY    nothing changed
+ *   SX_ERR_DEVICE    some layers may be rotated and others not: the cache must be cleared
+ */
+SX_API int32_t sx_engine_set_key_positions(sx_engine * engine, const int32_t * positions, int32_t n);
+
+/*
+ * Declare, without rotating, that the cache holds n tokens whose keys stand for `positions` (NULL: P(k) = k),
+ * as after llama_state_set_data. SX_ERR_ARGUMENT: wrong n or position; nothing changed.
+ */
+SX_API int32_t sx_engine_adopt_key_positions(sx_engine * engine, const int32_t * positions, int32_t n);
+
+/*
+ * llama_decode for an engine: one sequence, positions continuing the cache. New keys get P(k) = k.
+ *   SX_OK            the cache holds the batch, its logits are ready
+ *   SX_ERR_ARGUMENT  not such a batch; nothing changed
+ *   SX_ERR_DECODE    llama_decode failed; the cache is back at the tokens it held before
+ *   SX_ERR_CACHE     a cell was not where its token index says, or the graph changed its shape:
+ *                    the cache is cleared (0 tokens) because its contents cannot be trusted
+ */
+SX_API int32_t sx_engine_decode(sx_engine * engine, struct llama_batch batch);
+
+// Forget the tokens from n on (n >= the number held: no effect). The caller removes them from llama's memory.
+SX_API void sx_engine_truncate(sx_engine * engine, int32_t n);
+
+SX_API struct sx_stats sx_engine_stats(const sx_engine * engine);
+
+/*
+ * For command line programs: let Ctrl-C (SIGINT) abort a running llama_decode of ctx on the CPU, in front of the
+ * handler that is installed already, which still runs. Process-wide; call it again to forget an earlier Ctrl-C.
+ * SX_ERR_ARGUMENT: the handler could not be installed, nothing changed.
+ */
+SX_API int32_t sx_interrupt_watch(struct llama_context * ctx);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

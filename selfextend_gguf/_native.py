@@ -1,0 +1,249 @@
+"""ctypes binding of native/selfextend.h. Nothing above this file sees a pointer."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# First, and not only for its types: whichever libllama is in the process when our library is loaded is the one
+# it uses. Loaded the other way round there would be two copies.
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from selfextend_gguf.config import SCHEDULES, SelfExtendConfig
+from selfextend_gguf.errors import (
+    ConfigError,
+    EngineError,
+    NativeLibraryError,
+    NotEnoughMemoryError,
+    SelfExtendError,
+    UnsupportedModelError,
+)
+
+_REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."
+_ERRORS: dict[int, type[SelfExtendError]] = {
+    -1: EngineError,  # SX_ERR_ARGUMENT
+    -2: ConfigError,  # SX_ERR_SCHEDULE
+    -3: UnsupportedModelError,  # SX_ERR_MODEL
+    -4: EngineError,  # SX_ERR_DECODE
+    -5: EngineError,  # SX_ERR_CACHE
+    -6: NotEnoughMemoryError,  # SX_ERR_MEMORY
+    -7: EngineError,  # SX_ERR_DEVICE
+}
+_int32_p = ctypes.POINTER(ctypes.c_int32)
+
+
+class _Params(ctypes.Structure):
+    """struct sx_params"""
+
+    _fields_ = [
+        ("schedule", ctypes.c_int32),
+        ("n_ctx_train", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+        ("neighbor_window", ctypes.c_int32),
+        ("max_distance", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+    ]
+
+
+class _Stats(ctypes.Structure):
+    """struct sx_stats"""
+
+    _fields_ = [("n_rewrites", ctypes.c_int64), ("n_rows", ctypes.c_int64), ("t_us", ctypes.c_int64)]
+
+
+@dataclass(frozen=True)
+class RewriteStats:
+    """What rewriting cost so far: steps that rotated keys, cache rows rotated in them, seconds spent."""
+
+    n_rewrites: int
+    n_rows: int
+    seconds: float
+
+
+def _library_path() -> Path:
+    name = "libselfextend.dylib" if sys.platform == "darwin" else "libselfextend.so"
+    import selfextend_gguf
+
+    # An editable install has two folders: the sources and the one pip compiled into.
+    tried = [Path(folder) / name for folder in selfextend_gguf.__path__]
+    tried += [Path(folder) / "selfextend_gguf" / name for folder in sys.path if folder]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise NativeLibraryError(
+        f"the compiled library {name} is missing (looked in {', '.join(sorted({str(p.parent) for p in tried[:2]}))}); "
+        f"from the source folder, type: {_REINSTALL}"
+    )
+
+
+def _load() -> ctypes.CDLL:
+    path = _library_path()
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeLibraryError(
+            f"cannot load {path}: {error}. It was probably built against another llama-cpp-python than the installed "
+            f"{llama_cpp.__version__}; from the source folder of selfextend_gguf, type: {_REINSTALL}"
+        ) from error
+    lib.sx_built_against.argtypes = []
+    lib.sx_built_against.restype = ctypes.c_char_p
+    check_version(lib.sx_built_against().decode(), llama_cpp.__version__)
+    return lib
+
+
+def check_version(built_against: str, installed: str) -> None:
+    """Refuse a llama-cpp-python other than the one compiled against: llama.cpp's structures change between versions."""
+    if built_against != installed:
+        raise NativeLibraryError(
+            f"selfextend_gguf was compiled against llama-cpp-python {built_against}, but {installed} is installed; "
+            f"type: pip install llama-cpp-python=={built_against} "
+            f"(or, from the source folder, recompile with: {_REINSTALL} --no-build-isolation)"
+        )
+
+
+_LIB = _load()
+
+
+def _declare(name: str, argtypes: list, restype: type | None) -> None:
+    function = getattr(_LIB, name)
+    function.argtypes = argtypes
+    function.restype = restype
+
+
+# const char * sx_last_error(void);
+_declare("sx_last_error", [], ctypes.c_char_p)
+# int32_t sx_schedule_positions(const struct sx_params *, int32_t n_cached, int32_t n_total, int32_t * positions);
+_declare("sx_schedule_positions", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
+# sx_engine * sx_engine_init(int32_t n_ctx);
+_declare("sx_engine_init", [ctypes.c_int32], ctypes.c_void_p)
+# void sx_engine_free(sx_engine *);
+_declare("sx_engine_free", [ctypes.c_void_p], None)
+# int32_t sx_engine_attach(sx_engine *, struct llama_context *);
+_declare("sx_engine_attach", [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int32)
+# int32_t sx_engine_n_layers(const sx_engine *);
+_declare("sx_engine_n_layers", [ctypes.c_void_p], ctypes.c_int32)
+# int32_t sx_engine_n_tokens(const sx_engine *);
+_declare("sx_engine_n_tokens", [ctypes.c_void_p], ctypes.c_int32)
+# void sx_engine_get_key_positions(const sx_engine *, int32_t * positions);
+_declare("sx_engine_get_key_positions", [ctypes.c_void_p, _int32_p], None)
+# int32_t sx_engine_set_key_positions(sx_engine *, const int32_t * positions, int32_t n);
+_declare("sx_engine_set_key_positions", [ctypes.c_void_p, _int32_p, ctypes.c_int32], ctypes.c_int32)
+# int32_t sx_engine_adopt_key_positions(sx_engine *, const int32_t * positions, int32_t n);
+_declare("sx_engine_adopt_key_positions", [ctypes.c_void_p, _int32_p, ctypes.c_int32], ctypes.c_int32)
+# int32_t sx_engine_decode(sx_engine *, struct llama_batch batch);
+_declare("sx_engine_decode", [ctypes.c_void_p, llama_cpp.llama_batch], ctypes.c_int32)
+# void sx_engine_truncate(sx_engine *, int32_t n);
+_declare("sx_engine_truncate", [ctypes.c_void_p, ctypes.c_int32], None)
+# struct sx_stats sx_engine_stats(const sx_engine *);
+_declare("sx_engine_stats", [ctypes.c_void_p], _Stats)
+# int32_t sx_interrupt_watch(struct llama_context *);
+_declare("sx_interrupt_watch", [ctypes.c_void_p], ctypes.c_int32)
+
+# bool sx_engine_eval_callback(struct ggml_tensor *, bool ask, void * engine);
+EVAL_CALLBACK = ctypes.cast(_LIB.sx_engine_eval_callback, llama_cpp.ggml_backend_sched_eval_callback)
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise _ERRORS[status](_LIB.sx_last_error().decode("utf-8", "replace"))
+
+
+def _pointer(array: npt.NDArray[np.int32]) -> ctypes._Pointer:  # type: ignore[type-arg]
+    return array.ctypes.data_as(_int32_p)
+
+
+def _params(config: SelfExtendConfig) -> _Params:
+    return _Params(
+        SCHEDULES.index(config.schedule),
+        config.n_ctx_train,
+        config.group_size,
+        config.neighbor_window,
+        config.max_distance,
+        config.block_size,
+    )
+
+
+def schedule_positions(config: SelfExtendConfig, n_cached: int, n_total: int) -> npt.NDArray[np.int32]:
+    """Key positions P(0..n_cached-1) for decoding tokens [n_cached, n_total): int32, shape (n_cached,).
+
+    Raises ConfigError when the step cannot keep the distances below `config.max_distance` and the neighbor window
+    (decode at most `config.n_batch` tokens at once), or when the counts are not 0 <= n_cached <= n_total.
+    """
+    if not 0 <= n_cached <= n_total < 2**31:
+        raise ConfigError(f"a step needs 0 <= n_cached <= n_total, not {n_cached} and {n_total}")
+    positions = np.empty(n_cached, np.int32)
+    _check(_LIB.sx_schedule_positions(ctypes.byref(_params(config)), n_cached, n_total, _pointer(positions)))
+    return positions
+
+
+def watch_interrupts(context: ctypes.c_void_p) -> None:
+    """Let Ctrl-C abort a running decode of a llama_context; for command line programs, from the main thread."""
+    _check(_LIB.sx_interrupt_watch(context))
+
+
+class Engine:
+    """Owner of one sx_engine: the key position of every cached token of one llama_context."""
+
+    def __init__(self, n_ctx: int) -> None:
+        self._handle = _LIB.sx_engine_init(n_ctx)
+        if not self._handle:
+            raise NotEnoughMemoryError(_LIB.sx_last_error().decode())
+
+    def close(self) -> None:
+        """Free the engine. Its context must have been freed before."""
+        _LIB.sx_engine_free(self._handle)
+        self._handle = None
+
+    @property
+    def user_data(self) -> ctypes.c_void_p:
+        """For `llama_context_params.cb_eval_user_data`."""
+        return ctypes.c_void_p(self._handle)
+
+    def attach(self, context: ctypes.c_void_p) -> None:
+        """Learn the layers of a llama_context; raises UnsupportedModelError when it cannot be extended."""
+        _check(_LIB.sx_engine_attach(self._handle, context))
+
+    @property
+    def n_layers(self) -> int:
+        """Layers whose keys are rewritten."""
+        return _LIB.sx_engine_n_layers(self._handle)
+
+    @property
+    def n_tokens(self) -> int:
+        """Cached tokens."""
+        return _LIB.sx_engine_n_tokens(self._handle)
+
+    @property
+    def key_positions(self) -> npt.NDArray[np.int32]:
+        """P(0..n_tokens-1), int32."""
+        positions = np.empty(self.n_tokens, np.int32)
+        _LIB.sx_engine_get_key_positions(self._handle, _pointer(positions))
+        return positions
+
+    def set_key_positions(self, positions: npt.NDArray[np.int32]) -> None:
+        """Rotate the cached keys to `positions`, int32 of shape (n_tokens,)."""
+        positions = np.ascontiguousarray(positions, np.int32)
+        _check(_LIB.sx_engine_set_key_positions(self._handle, _pointer(positions), len(positions)))
+
+    def adopt_key_positions(self, positions: npt.NDArray[np.int32]) -> None:
+        """Declare what a restored cache holds, without rotating."""
+        positions = np.ascontiguousarray(positions, np.int32)
+        _check(_LIB.sx_engine_adopt_key_positions(self._handle, _pointer(positions), len(positions)))
+
+    def decode(self, batch: llama_cpp.llama_batch) -> None:
+        """llama_decode of a batch that continues the cache; new keys get P(k) = k."""
+        _check(_LIB.sx_engine_decode(self._handle, batch))
+
+    def truncate(self, n: int) -> None:
+        """Forget the tokens from n on."""
+        _LIB.sx_engine_truncate(self._handle, n)
+
+    @property
+    def stats(self) -> RewriteStats:
+        """Rewriting so far."""
+        stats = _LIB.sx_engine_stats(self._handle)
+        return RewriteStats(stats.n_rewrites, stats.n_rows, stats.t_us / 1e6)

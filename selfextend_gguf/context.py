@@ -1,0 +1,54 @@
+"""The seam: what `llama_cpp.Llama` sees in place of its context when a text may outgrow the trained one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llama_cpp._internals as internals
+
+from selfextend_gguf._native import Engine, schedule_positions
+from selfextend_gguf.config import SelfExtendConfig
+from selfextend_gguf.errors import SelfExtendError
+
+
+class SelfExtendContext:
+    """Stands in for llama_cpp's LlamaContext: applies the schedule before each decode and follows each removal.
+
+    Everything else is the wrapped context's.
+    """
+
+    def __init__(self, context: internals.LlamaContext, engine: Engine, config: SelfExtendConfig) -> None:
+        self._context = context
+        self._engine = engine
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def decode(self, batch: internals.LlamaBatch) -> None:
+        """Decode a batch of at most `config.n_batch` tokens (more while within the trained context)."""
+        engine = self._engine
+        n_cached = engine.n_tokens
+        engine.set_key_positions(schedule_positions(self._config, n_cached, n_cached + batch.n_tokens()))
+        engine.decode(batch.batch)
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """Remove tokens [p0, p1); only an end of the text can go (p1 = -1)."""
+        p0 = max(p0, 0)
+        if 0 <= p1 < self._engine.n_tokens and p0 < p1:
+            raise SelfExtendError(f"Self-Extend cannot remove tokens {p0} to {p1} from the middle of the cache")
+        removed = self._context.kv_cache_seq_rm(seq_id, p0, p1)
+        if removed:
+            self._engine.truncate(p0)
+        return removed
+
+    def kv_cache_clear(self) -> None:
+        """Remove all tokens."""
+        self._context.kv_cache_clear()
+        self._engine.truncate(0)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise SelfExtendError("Self-Extend keeps one sequence whose cells it positions itself: "
+                              "shifting, copying or keeping sequences is not possible")
+
+    kv_cache_seq_shift = kv_cache_seq_cp = kv_cache_seq_keep = _refuse

@@ -1,0 +1,39 @@
+"""Every error this package raises on purpose. Catch `SelfExtendError` for all of them."""
+
+from __future__ import annotations
+
+
+class SelfExtendError(Exception):
+    """Base of all errors of this package; the message says what to change."""
+
+
+class ConfigError(SelfExtendError, ValueError):
+    """Parameters that are out of range, unknown, or that cannot reach the requested context."""
+
+
+class ModelFileError(SelfExtendError, ValueError):
+    """A model file that is missing, not a GGUF file, damaged, or unknown to llama.cpp."""
+
+
+class UnsupportedModelError(SelfExtendError):
+    """A model or context that Self-Extend cannot extend correctly; the message names the reason."""
+
+
+class ContextFullError(SelfExtendError, ValueError):
+    """More tokens than the context holds."""
+
+
+class NotEnoughMemoryError(SelfExtendError, MemoryError):
+    """A KV cache that does not fit the available memory."""
+
+
+class StateError(SelfExtendError, ValueError):
+    """A saved state that is damaged or was made by another configuration."""
+
+
+class EngineError(SelfExtendError, RuntimeError):
+    """The native library or llama.cpp failed while running; the message says what happened."""
+
+
+class NativeLibraryError(SelfExtendError, ImportError):
+    """The compiled library is missing or was built against another llama-cpp-python."""

@@ -1,0 +1,78 @@
+"""Completing a prompt piece by piece, with timings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from selfextend_gguf.llama import Llama
+from selfextend_gguf.prompt import Prompt
+
+
+@dataclass
+class Timings:
+    """Tokens and seconds of a completion so far."""
+
+    prompt_tokens: int
+    prompt_seconds: float = 0.0
+    generated_tokens: int = 0  # with the token that ended the answer, if one did
+    generate_seconds: float = 0.0
+    rewrite_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """All numbers, and the two speeds in tokens per second."""
+        return asdict(self) | {
+            "prompt_tokens_per_second": _rate(self.prompt_tokens, self.prompt_seconds),
+            "generated_tokens_per_second": _rate(self.generated_tokens - 1, self.generate_seconds),
+        }
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return round(tokens / seconds, 2) if seconds > 0 and tokens > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of the answer; `finish_reason` is "stop" or "length" in the last one."""
+
+    text: str
+    finish_reason: str | None
+    timings: Timings
+
+
+def stream_completion(
+    llm: Llama,
+    prompt: Prompt,
+    *,
+    max_tokens: int,
+    on_read: Callable[[int, int], None] = lambda done, total: None,
+    **sampling: Any,
+) -> Iterator[Piece]:
+    """Complete `prompt`; `sampling` goes to `Llama.create_completion`.
+
+    `on_read(done, total)` is called while the prompt is read. Raises ContextFullError when the prompt does not fit.
+    """
+    timings = Timings(len(prompt.tokens))
+    rewritten_before = llm.rewrite_stats.seconds
+    began = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        now = time.perf_counter()
+        if timings.generated_tokens == 0:
+            on_read(done, total)
+            timings.prompt_seconds = now - began
+        timings.generate_seconds = now - began - timings.prompt_seconds
+        timings.generated_tokens += done == total  # each completed evaluation is followed by sampling one token
+        timings.rewrite_seconds = llm.rewrite_stats.seconds - rewritten_before
+
+    llm.progress = progress
+    try:
+        for chunk in llm.create_completion(
+            prompt.tokens, max_tokens=max_tokens, stop=prompt.stop, stream=True, **sampling
+        ):
+            choice = chunk["choices"][0]
+            yield Piece(choice["text"], choice["finish_reason"], timings)
+    finally:
+        llm.progress = None

@@ -1,0 +1,260 @@
+"""`Llama`: llama-cpp-python's `Llama` for texts longer than the model's trained context."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import psutil
+from llama_cpp.llama import LlamaState
+
+from selfextend_gguf._native import EVAL_CALLBACK, Engine, RewriteStats
+from selfextend_gguf.config import SelfExtendConfig, plan
+from selfextend_gguf.context import SelfExtendContext
+from selfextend_gguf.errors import (
+    ConfigError,
+    ContextFullError,
+    NotEnoughMemoryError,
+    SelfExtendError,
+    StateError,
+    UnsupportedModelError,
+)
+from selfextend_gguf.model_info import kv_cache_bytes, model_file_error
+
+# llama.cpp rounds a context up to a multiple of this; llama_cpp.Llama sizes its token array without rounding.
+_CELL_MULTIPLE = 256
+_PARENT_ARGUMENTS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "kwargs"}
+
+
+class Llama(llama_cpp.Llama):
+    """Drop-in for `llama_cpp.Llama` that reads texts longer than the trained context with Self-Extend.
+
+    With `n_ctx` within the trained context it is plain llama.cpp. Beyond, cached keys are given grouped key
+    positions as the text grows (arXiv 2401.01325); `self_extend` holds the resolved parameters. Not thread-safe,
+    like its parent.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        n_ctx: int = 512,
+        n_batch: int = 512,
+        flash_attn: bool | None = None,
+        group_size: int | None = None,
+        neighbor_window: int | None = None,
+        max_distance: int | None = None,
+        block_size: int | None = None,
+        schedule: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            model_path: Path of a GGUF file.
+            n_ctx: Text context in tokens; beyond the trained context the text is extended. 0 = trained context.
+            n_batch: Most tokens decoded at once.
+            flash_attn: Flash attention; None lets llama.cpp decide (off for f32 caches, which it would round to f16).
+            group_size: Tokens outside the neighbor window that share one key position.
+            neighbor_window: Latest tokens that always keep their exact distance.
+            max_distance: No query sees a distance of that many tokens or more; at most the trained context.
+            block_size: Steps, in tokens, in which the boundary of the grouped keys moves.
+            schedule: "selfextend" or "paper".
+            kwargs: All other arguments of `llama_cpp.Llama`.
+
+        The five parameters of Self-Extend are chosen by `plan` where None.
+
+        Raises:
+            ConfigError: an unknown argument, or numbers that cannot reach `n_ctx`.
+            ModelFileError: a missing or damaged file.
+            UnsupportedModelError: `n_ctx` is beyond the trained context of a model that cannot be extended.
+            NotEnoughMemoryError: the KV cache does not fit the available memory.
+        """
+        unknown = sorted(set(kwargs) - _PARENT_ARGUMENTS)
+        if unknown:
+            raise ConfigError(f"unknown argument{'s' * (len(unknown) > 1)}: {', '.join(unknown)}")
+        for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch)):
+            if value < (name == "n_batch"):
+                raise ConfigError(f"{name} must be positive, not {value}")
+        self._wanted_n_ctx = n_ctx
+        self._flash_attn = flash_attn
+        self._plan_arguments: dict[str, Any] = {
+            "group_size": group_size,
+            "neighbor_window": neighbor_window,
+            "max_distance": max_distance,
+            "block_size": block_size,
+            "schedule": schedule,
+        }
+        self._engine: Engine | None = None
+        #: Resolved parameters; None while `n_ctx` is within the trained context.
+        self.self_extend: SelfExtendConfig | None = None
+        #: Called after every decode with (tokens done, tokens asked for) of the running `eval`.
+        self.progress: Callable[[int, int], None] | None = None
+        try:
+            super().__init__(
+                model_path,
+                n_ctx=-(-n_ctx // _CELL_MULTIPLE) * _CELL_MULTIPLE,
+                n_batch=min(n_ctx, n_batch) if n_ctx else n_batch,
+                flash_attn=bool(flash_attn),
+                **kwargs,
+            )
+        except SelfExtendError:
+            raise
+        except ValueError as error:
+            if "odel path" in str(error) or "load model" in str(error):
+                raise model_file_error(model_path) from error
+            raise
+        if self._engine is not None and self.self_extend is not None:
+            try:
+                self._engine.attach(self._ctx.ctx)
+            except SelfExtendError:
+                self.close()
+                raise
+            self._ctx = SelfExtendContext(self._ctx, self._engine, self.self_extend)
+
+    # llama_cpp.Llama.__init__ loads the model, then creates the context from `context_params` in one go. The
+    # assignment of `_model` is the moment between the two: the trained context is known, the callback can be set.
+    @property
+    def _model(self) -> Any:
+        return self.__dict__["_model"]
+
+    @_model.setter
+    def _model(self, model: Any) -> None:
+        self.__dict__["_model"] = model
+        self._prepare_context(model)
+
+    def _prepare_context(self, model: Any) -> None:
+        params = self.context_params
+        # llama.cpp's flash attention rounds f32 keys and values to f16 first: no choice for those who asked for f32.
+        if self._flash_attn is None and llama_cpp.GGML_TYPE_F32 not in (params.type_k, params.type_v):
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+        n_ctx_train = model.n_ctx_train()
+        n_ctx = params.n_ctx or n_ctx_train
+        if self._plan_arguments["schedule"] is not None or any(v is not None for v in self._plan_arguments.values()):
+            plan(n_ctx_train, n_ctx, **self._plan_arguments, n_batch=self.n_batch)  # say what is wrong even if unused
+        if self.model_params.vocab_only:
+            return
+        self._check_memory(model, n_ctx)
+        if self._wanted_n_ctx <= n_ctx_train:
+            return
+        if params.embeddings:
+            raise UnsupportedModelError(
+                f"embeddings are computed within the trained context: n_ctx must be at most {n_ctx_train}, not {n_ctx}"
+            )
+        self.self_extend = plan(n_ctx_train, n_ctx, **self._plan_arguments, n_batch=self.n_batch)
+        self._engine = Engine(n_ctx)
+        self._stack.callback(self._engine.close)  # after the context: the stack unwinds backwards
+        params.cb_eval = EVAL_CALLBACK
+        params.cb_eval_user_data = self._engine.user_data
+
+    def _check_memory(self, model: Any, n_ctx: int) -> None:
+        """Refuse a KV cache that cannot fit; llama.cpp would be killed while filling it."""
+        if self.model_params.n_gpu_layers > 0 and self.context_params.offload_kqv:
+            return  # the cache lies on a device, which refuses by itself
+        params = self.context_params
+        try:
+            need = kv_cache_bytes(model.metadata(), n_ctx, params.type_k, params.type_v)
+        except (KeyError, ValueError):
+            return  # sizes in a form we do not know: let llama.cpp try
+        available = psutil.virtual_memory().available
+        if need > available:
+            fits = n_ctx * available // need // _CELL_MULTIPLE * _CELL_MULTIPLE
+            raise NotEnoughMemoryError(
+                f"the KV cache of {n_ctx} tokens needs {need / 2**30:.1f} GiB, {available / 2**30:.1f} GiB of memory are "
+                f"available: about {fits} tokens would fit"
+            )
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens after the `n_tokens` cached ones.
+
+        Raises ContextFullError when they do not fit; nothing is evaluated then.
+        """
+        n_new = len(tokens)
+        if self.n_tokens + n_new > self._n_ctx:
+            raise ContextFullError(
+                f"Requested tokens ({self.n_tokens + n_new}) exceed context window of {self._n_ctx}"
+            )
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        done = 0
+        while done < n_new:
+            step = min(self.n_batch, n_new - done)
+            if self.self_extend is not None:
+                step = min(self.n_batch, self.self_extend.step_size(self.n_tokens, n_new - done))
+            self._eval_step(tokens[done : done + step])
+            done += step
+            if self.progress is not None:
+                self.progress(done, n_new)
+
+    def _eval_step(self, tokens: Sequence[int]) -> None:
+        begin, end = self.n_tokens, self.n_tokens + len(tokens)
+        self._batch.set_batch(batch=tokens, n_past=begin, logits_all=self._logits_all)
+        self._ctx.decode(self._batch)
+        self.input_ids[begin:end] = tokens
+        # With a draft model all logits are computed for sampling, but only `logits_all` has room to keep them.
+        if self._logits_all and end <= len(self.scores):
+            shape = (end - begin, self._n_vocab)
+            self.scores[begin:end] = np.ctypeslib.as_array(self._ctx.get_logits(), shape=shape)
+        self.n_tokens = end
+        self._requires_eval = False
+
+    # ---- Self-Extend's own -----------------------------------------------------------------------------------
+
+    @property
+    def key_positions(self) -> npt.NDArray[np.int32]:
+        """Key positions P(0..n_tokens-1): int32, shape (n_tokens,)."""
+        if self._engine is None:
+            return np.arange(self.n_tokens, dtype=np.int32)
+        return self._engine.key_positions[: self.n_tokens]
+
+    @property
+    def rewrite_stats(self) -> RewriteStats:
+        """Steps, rows and seconds spent on rewriting keys since loading."""
+        return RewriteStats(0, 0, 0.0) if self._engine is None else self._engine.stats
+
+    # ---- state -----------------------------------------------------------------------------------------------
+
+    def save_state(self) -> LlamaState:
+        """The text, its cache and its key positions, for `load_state` of a model with the same cache types."""
+        state = super().save_state()
+        state.key_positions = self.key_positions.copy()
+        return state
+
+    def load_state(self, state: LlamaState) -> None:
+        """Restore a state saved by this class or, for text within the trained context, by llama_cpp.Llama.
+
+        Raises StateError for a state that does not fit; the cache is empty then.
+        """
+        positions = getattr(state, "key_positions", None)
+        try:
+            if positions is None:
+                positions = np.arange(state.n_tokens, dtype=np.int32)
+            self._check_state(state, positions)
+            super().load_state(state)
+            if self._engine is not None:
+                self._engine.adopt_key_positions(positions)
+        except (StateError, RuntimeError, ValueError) as error:
+            self._ctx.kv_cache_clear()
+            self.n_tokens = 0
+            self._requires_eval = True
+            raise StateError(f"the saved state cannot be restored: {error}") from error
+
+    def _check_state(self, state: LlamaState, positions: npt.NDArray[np.int32]) -> None:
+        if not 0 <= state.n_tokens <= self._n_ctx:
+            raise StateError(f"it holds {state.n_tokens} tokens, the context {self._n_ctx}")
+        if len(state.llama_state) != state.llama_state_size:
+            raise StateError(f"{len(state.llama_state)} bytes instead of {state.llama_state_size}")
+        if len(positions) != state.n_tokens:
+            raise StateError(f"{len(positions)} key positions for {state.n_tokens} tokens")
+        if self._engine is None and not np.array_equal(positions, np.arange(state.n_tokens)):
+            raise StateError("it holds grouped keys, and this context is within the trained one")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.update(self._plan_arguments, flash_attn=self._flash_attn, n_ctx=self._wanted_n_ctx)
+        return state

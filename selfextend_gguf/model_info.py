@@ -1,0 +1,164 @@
+"""What a GGUF file says about itself, read by llama.cpp without loading the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import llama_cpp._internals as internals
+from llama_cpp._logger import set_verbose
+
+from selfextend_gguf._native import EVAL_CALLBACK, Engine
+from selfextend_gguf.errors import ModelFileError, UnsupportedModelError
+
+_MAGIC = b"GGUF"
+
+
+def model_file_error(path: str | Path) -> ModelFileError:
+    """Why llama.cpp did not load `path`, as an error to raise."""
+    path = Path(path)
+    if not path.exists():
+        return ModelFileError(f"Model path does not exist: {path}")
+    if path.is_dir():
+        return ModelFileError(f"{path} is a directory, not a GGUF file")
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        return ModelFileError(f"cannot read {path}: {error.strerror}")
+    if not magic:
+        return ModelFileError(f"{path} is empty")
+    if magic != _MAGIC:
+        return ModelFileError(f"{path} is not a GGUF file")
+    return ModelFileError(
+        f"Failed to load model from file: {path} (damaged, truncated, or of an architecture that the llama.cpp in "
+        f"llama-cpp-python {llama_cpp.__version__} does not know)"
+    )
+
+
+def load_model(path: str | Path, *, vocab_only: bool, verbose: bool = False) -> internals.LlamaModel:
+    """Load a model file, or its vocabulary and metadata alone. Raises ModelFileError."""
+    set_verbose(verbose)
+    if not Path(path).is_file():
+        raise model_file_error(path)
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = vocab_only
+    params.n_gpu_layers = 0
+    try:
+        return internals.LlamaModel(path_model=str(path), params=params, verbose=verbose)
+    except ValueError as error:
+        raise model_file_error(path) from error
+
+
+def kv_cache_bytes(metadata: Mapping[str, str], n_ctx: int, type_k: int, type_v: int) -> int:
+    """Size of a KV cache of `n_ctx` tokens, in bytes; `type_k` and `type_v` are ggml types."""
+    arch = metadata["general.architecture"]
+
+    def number(key: str, default: int) -> int:
+        return int(metadata.get(f"{arch}.{key}", default))
+
+    n_layer = number("block_count", 0)
+    n_embd, n_head = number("embedding_length", 0), max(1, _per_layer(metadata, f"{arch}.attention.head_count", 1)[0])
+    head_k = number("attention.key_length", n_embd // n_head)
+    head_v = number("attention.value_length", n_embd // n_head)
+    heads = _per_layer(metadata, f"{arch}.attention.head_count_kv", n_head)
+    heads = heads * n_layer if len(heads) == 1 else heads
+
+    def row(elements: int, ggml_type: int) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
+        return -(-elements // block) * size
+
+    return n_ctx * sum(row(h * head_k, type_k) + row(h * head_v, type_v) for h in heads if h > 0)
+
+
+def _per_layer(metadata: Mapping[str, str], key: str, default: int) -> list[int]:
+    value = json.loads(metadata.get(key, str(default)))
+    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+
+
+class ModelInfo:
+    """Metadata and tokenizer of a GGUF file. Use as a context manager or call `close`."""
+
+    def __init__(self, path: str | Path, *, verbose: bool = False) -> None:
+        """Raises ModelFileError."""
+        self.path = Path(path)
+        self._verbose = verbose
+        self.model = load_model(path, vocab_only=True, verbose=verbose)
+        self.metadata: dict[str, str] = self.model.metadata()
+        self.architecture = self.metadata.get("general.architecture", "unknown")
+
+    def __enter__(self) -> ModelInfo:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.model.close()
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Trained context in tokens, 0 if the file does not say."""
+        return int(self.metadata.get(f"{self.architecture}.context_length", 0))
+
+    @property
+    def rope(self) -> str:
+        """Kind of RoPE, with its base and scaling."""
+        names = {-1: "none", 0: "norm", 2: "neox", 8: "multi-dimensional", 24: "vision", 40: "interleaved multi-dimensional"}
+        kind = int(llama_cpp.llama_model_rope_type(self.model.model))
+        if kind == -1:
+            return "none"
+        base = float(self.metadata.get(f"{self.architecture}.rope.freq_base", 10000.0))
+        scaling = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        return f"{names.get(kind, str(kind))}, base {base:g}" + ("" if scaling == "none" else f", {scaling} scaling")
+
+    @property
+    def quantisation(self) -> str:
+        """File type as llama.cpp names it, e.g. "Q8_0"."""
+        number = self.metadata.get("general.file_type")
+        if number is None:
+            return "unknown"
+        try:
+            return gguf.LlamaFileType(int(number)).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        except ValueError:
+            return f"file type {number}"
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template (Jinja), if it has one."""
+        return self.metadata.get("tokenizer.chat_template")
+
+    def kv_cache_bytes(self, n_ctx: int, type_k: int, type_v: int) -> int:
+        """Size of a KV cache of `n_ctx` tokens, in bytes."""
+        return kv_cache_bytes(self.metadata, n_ctx, type_k, type_v)
+
+    def tokenize(self, text: bytes, *, add_bos: bool) -> list[int]:
+        """Tokens of UTF-8 `text`, special tokens recognised, as a completion would see them."""
+        return self.model.tokenize(text, add_bos, True)
+
+    def why_not_extended(self) -> str | None:
+        """Why Self-Extend cannot extend this model, or None if it can.
+
+        Loads the model and decodes one token, so that the answer is the engine's own.
+        """
+        model = load_model(self.path, vocab_only=False, verbose=self._verbose)
+        n_ctx = 256
+        engine = Engine(n_ctx)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
+        params.cb_eval = EVAL_CALLBACK
+        params.cb_eval_user_data = engine.user_data
+        try:
+            context = internals.LlamaContext(model=model, params=params, verbose=self._verbose)
+            engine.attach(context.ctx)
+        except UnsupportedModelError as error:
+            return str(error)
+        except ValueError:
+            return "llama.cpp cannot create a context for it"
+        finally:
+            model.close()  # frees the context first
+            engine.close()
+        return None

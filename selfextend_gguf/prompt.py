@@ -1,0 +1,51 @@
+"""From a user's text to the tokens a model expects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jinja2
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.model_info import ModelInfo
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to complete and the strings that end the answer."""
+
+    tokens: list[int]
+    stop: list[str] = field(default_factory=list)
+
+
+def raw_prompt(info: ModelInfo, text: str) -> Prompt:
+    """`text` as it is, with the model's BOS token if it wants one."""
+    return Prompt(info.tokenize(text.encode(), add_bos=info.model.add_bos_token()))
+
+
+def chat_prompt(info: ModelInfo, text: str, system: str | None = None) -> Prompt:
+    """`text` as a user's message in the model's own chat template.
+
+    Raises ConfigError when the model has no template or its template fails.
+    """
+    template = info.chat_template
+    if template is None:
+        raise ConfigError("the model has no chat template")
+
+    def piece(token: int) -> str:
+        return info.model.token_get_text(token) if token != -1 else ""
+
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        formatter = Jinja2ChatFormatter(
+            template, eos_token=piece(info.model.token_eos()), bos_token=piece(info.model.token_bos())
+        )
+        rendered = formatter(messages=messages)  # type: ignore[arg-type]
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        raise ConfigError(f"the model's chat template failed ({error}); --raw leaves it out") from error
+    tokens = info.tokenize(rendered.prompt.encode(), add_bos=not rendered.added_special and info.model.add_bos_token())
+    stop = rendered.stop if isinstance(rendered.stop, list) else [rendered.stop] if rendered.stop else []
+    return Prompt(tokens, [s for s in stop if s])

@@ -1,0 +1,228 @@
+"""Train a tiny byte-level Llama-architecture model and write it as GGUF.
+
+    python -m selfextend_gguf.tiny.train --text train.txt --heldout heldout.txt --out tiny.gguf
+
+Needs the extra `[train]` (PyTorch). Three stages, each a mixture of the sequences in `data.py`:
+text alone, dense copies (induction appears here), then the full context with key retrieval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from selfextend_gguf.tiny import data
+from selfextend_gguf.tiny.model_file import LlamaShape, write_llama
+
+VOCAB = 256
+
+
+class Block(nn.Module):
+    """One Llama block: RMSNorm, grouped-query attention with interleaved RoPE, RMSNorm, SwiGLU."""
+
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        self.shape = shape
+        dim, kv_dim = shape.n_embd, shape.n_head_kv * shape.head_dim
+        self.attn_norm = nn.RMSNorm(dim, eps=shape.norm_eps)
+        self.attn_q = nn.Linear(dim, shape.n_head * shape.head_dim, bias=False)
+        self.attn_k = nn.Linear(dim, kv_dim, bias=False)
+        self.attn_v = nn.Linear(dim, kv_dim, bias=False)
+        self.attn_output = nn.Linear(shape.n_head * shape.head_dim, dim, bias=False)
+        self.ffn_norm = nn.RMSNorm(dim, eps=shape.norm_eps)
+        self.ffn_gate = nn.Linear(dim, shape.n_ff, bias=False)
+        self.ffn_up = nn.Linear(dim, shape.n_ff, bias=False)
+        self.ffn_down = nn.Linear(shape.n_ff, dim, bias=False)
+
+    def forward(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        rows, length, _ = x.shape
+        h = self.attn_norm(x)
+        q = self.attn_q(h).view(rows, length, -1, self.shape.head_dim).transpose(1, 2)
+        k = self.attn_k(h).view(rows, length, -1, self.shape.head_dim).transpose(1, 2)
+        v = self.attn_v(h).view(rows, length, -1, self.shape.head_dim).transpose(1, 2)
+        groups = self.shape.n_head // self.shape.n_head_kv
+        k = rotate(k, angles).repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
+        a = F.scaled_dot_product_attention(rotate(q, angles), k, v, is_causal=True)
+        x = x + self.attn_output(a.transpose(1, 2).reshape(rows, length, -1))
+        h = self.ffn_norm(x)
+        return x + self.ffn_down(F.silu(self.ffn_gate(h)) * self.ffn_up(h))
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """RoPE on (rows, heads, length, head_dim), pairs (2i, 2i+1), `angles` (length, head_dim / 2) in radians."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+class TinyLlama(nn.Module):
+    def __init__(self, shape: LlamaShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.token_embd = nn.Embedding(shape.n_vocab, shape.n_embd)
+        self.blk = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
+        self.output_norm = nn.RMSNorm(shape.n_embd, eps=shape.norm_eps)
+        self.output = nn.Linear(shape.n_embd, shape.n_vocab, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                scale = 0.02 / (2 * shape.n_layer) ** 0.5 if name.endswith(("attn_output.weight", "down.weight")) else 0.02
+                nn.init.normal_(p, std=scale)
+        frequency = shape.rope_base ** (-torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(rows, length) int64 -> logits (rows, length, vocabulary)."""
+        position = torch.arange(tokens.shape[1], dtype=torch.float64)
+        angles = torch.outer(position, self.frequency).float()
+        x = self.token_embd(tokens)
+        for block in self.blk:
+            x = block(x, angles)
+        return self.output(self.output_norm(x))
+
+    def gguf_tensors(self) -> dict[str, np.ndarray]:
+        """Weights under llama.cpp's tensor names."""
+        return {name: p.detach().float().numpy() for name, p in self.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` optimiser steps of `rows` x `length` tokens; `mixture` = rows given to (text, copies, retrieval)."""
+
+    name: str
+    steps: int
+    length: int
+    mixture: tuple[int, int, int]
+
+
+def recipe(context: int, scale: float) -> list[Stage]:
+    """Three stages of about 6144 tokens a step; `scale` stretches the number of steps."""
+    rows = max(4, 6144 // context)
+    text, copies = round(rows * 0.4), round(rows * 0.2)
+    return [
+        Stage("text", round(500 * scale), 96, (64, 0, 0)),
+        Stage("copies", round(700 * scale), 96, (14, 50, 0)),
+        Stage("retrieval", round(2600 * scale), context, (text, copies, rows - text - copies)),
+    ]
+
+
+def make_batch(rng: np.random.Generator, text: np.ndarray, words: list[str], stage: Stage) -> data.Batch:
+    n_text, n_copy, n_key = stage.mixture
+    parts = []
+    if n_text:
+        parts.append(data.text_batch(rng, text, n_text, stage.length))
+    if n_copy:
+        parts.append(data.copy_batch(rng, text, n_copy, stage.length))
+    if n_key:
+        parts.append(data.retrieval_batch(rng, text, words, n_key, stage.length))
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def loss_of(model: TinyLlama, batch: data.Batch) -> torch.Tensor:
+    tokens, weights = torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
+    logits = model(tokens[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
+@torch.no_grad()
+def evaluate(model: TinyLlama, heldout: np.ndarray, context: int) -> str:
+    """Held-out perplexity and key retrieval within the trained context, as one line."""
+    rng = np.random.default_rng(7)
+    ppl = loss_of(model, data.text_batch(rng, heldout, 32, context)).exp().item()
+    text = bytes(heldout).decode("ascii")
+    tasks = [data.key_task(rng, text, context - 8, depth) for depth in np.linspace(0.05, 0.95, 40)]
+    right = 0
+    for task in tasks:
+        line = list((task.prompt + task.answer).encode())
+        guess = model(torch.tensor([line[:-1]]))[0, -len(task.answer) :].argmax(-1).tolist()
+        right += guess == list(task.answer.encode())
+    return f"held-out perplexity {ppl:.3f}  key retrieval {right / len(tasks):.2f}"
+
+
+def train(
+    text: np.ndarray,
+    heldout: np.ndarray,
+    shape: LlamaShape,
+    stages: list[Stage],
+    *,
+    seed: int = 1,
+    learning_rate: float = 3e-3,
+    bf16: bool = False,
+    log_every: int = 100,
+    log=print,
+) -> TinyLlama:
+    """Train a model of `shape` on `text` (bytes); returns it. `bf16` rounds the matrix products'
+    inputs to bfloat16 (faster where the CPU has it). `log` gets one line of text at a time.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    words = data.vocabulary_words(text)
+    model = TinyLlama(shape)
+    n_params = sum(p.numel() for p in model.parameters())
+    log(f"{n_params} parameters, {shape}, seed {seed}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    decay = [p for p in model.parameters() if p.dim() == 2]
+    other = [p for p in model.parameters() if p.dim() < 2]
+    optimiser = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+    )
+    n_steps, step, began = sum(s.steps for s in stages), 0, time.monotonic()
+    for stage in stages:
+        for _ in range(stage.steps):
+            # Linear warm-up over 100 steps, constant, linear decay to 2 % over the last 40 %.
+            rate = min(1.0, (step + 1) / 100, max(0.02, (n_steps - step) / (0.4 * n_steps)))
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate * rate
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = loss_of(model, make_batch(rng, text, words, stage))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            step += 1
+            if step % log_every == 0:
+                elapsed = time.monotonic() - began
+                log(f"step {step}/{n_steps} {stage.name} loss {loss.item():.3f} {elapsed:.0f} s")
+            if step % (5 * log_every) == 0:
+                log(f"step {step} {evaluate(model, heldout, shape.n_ctx_train)}")
+    log(f"final {evaluate(model, heldout, shape.n_ctx_train)}")
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", required=True, help="training text")
+    parser.add_argument("--heldout", required=True, help="ASCII text that is never trained on")
+    parser.add_argument("--out", required=True, type=Path, help="GGUF file to write; the log goes beside it")
+    parser.add_argument("--type", default="Q8_0", choices=["F32", "F16", "Q8_0"], help="type of the weights")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    shape = LlamaShape(n_ctx_train=args.context)
+    log_path = args.out.with_suffix(".log")
+    with open(log_path, "w", encoding="utf-8") as log_file:
+
+        def log(line: str) -> None:
+            print(line, flush=True)
+            print(line, file=log_file, flush=True)
+
+        stages = recipe(args.context, args.scale)
+        model = train(data.read_text(args.text), data.read_text(args.heldout), shape, stages, seed=args.seed, bf16=args.bf16, log=log)
+    write_llama(args.out, shape, model.gguf_tensors(), weight_type=args.type, name=f"selfextend-tiny-{args.context}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What several test modules share."""
+
+from __future__ import annotations
+
+import llama_cpp
+import numpy as np
+
+from selfextend_gguf.tiny.model_file import LlamaShape
+
+F32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+F16 = {"type_k": llama_cpp.GGML_TYPE_F16, "type_v": llama_cpp.GGML_TYPE_F16}
+
+# Unrelated shapes: head sizes 32, 64 and 128, grouped-query attention of 1, 2 and 4 heads, both kinds of RoPE.
+SHAPES = {
+    "norm-32": LlamaShape(n_ctx_train=64, n_layer=3, n_embd=64, n_head=4, n_head_kv=2, head_dim=32, n_ff=96),
+    "neox-64": LlamaShape(
+        arch="qwen2", n_ctx_train=96, n_layer=2, n_embd=256, n_head=4, n_head_kv=1, head_dim=64, n_ff=128, rope_base=1e6
+    ),
+    "norm-128": LlamaShape(
+        n_ctx_train=128, n_layer=2, n_embd=96, n_head=2, n_head_kv=2, head_dim=128, n_ff=64, rope_base=500.0
+    ),
+}
+
+
+def random_tokens(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 256, n).tolist()
+
+
+def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest difference in relation to the largest value."""
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())

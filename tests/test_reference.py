@@ -1,0 +1,159 @@
+"""The engine against the float64 reference, on models it did not expect."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import F16, F32, SHAPES, random_tokens, relative_error
+
+from selfextend_gguf import Llama, plan, schedule_positions
+from selfextend_gguf.reference import Reference
+
+MODELS = [*SHAPES, "bundled"]
+
+
+def steps_of(llm: Llama, n: int, sizes: list[int]) -> list[int]:
+    """How `eval` decodes calls of `sizes` tokens: the steps between two applications of the schedule."""
+    steps, at = [], 0
+    for size in sizes:
+        end = min(at + size, n)
+        while at < end:
+            step = min(llm.n_batch, llm.self_extend.step_size(at, end - at))
+            steps.append(step)
+            at += step
+    assert sum(steps) == n
+    return steps
+
+
+@pytest.mark.parametrize("schedule", ["selfextend", "paper"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_the_reference_at_eight_times_the_trained_context(model, name, schedule):
+    path = model(name)
+    reference = Reference(path)
+    n = 8 * reference.n_ctx_train
+    tokens = random_tokens(n)
+    llm = Llama(str(path), n_ctx=n, schedule=schedule, logits_all=True, verbose=False, **F32)
+    llm.eval(tokens)
+    wanted = reference.logits(tokens, steps_of(llm, n, [n]), llm.self_extend)
+    assert relative_error(llm.scores[:n], wanted) < 1e-4
+    # The comparison means something only if keys moved and moving them matters.
+    assert llm.rewrite_stats.n_rewrites > 5
+    plain = reference.logits(tokens, [n], lambda n0, n1: np.arange(n0))
+    assert relative_error(llm.scores[:n], plain) > 1e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_chunking_and_pinned_parameters(model, name):
+    path = model(name)
+    reference = Reference(path)
+    train = reference.n_ctx_train
+    n = 5 * train + 7
+    tokens = random_tokens(n, seed=1)
+    rng = np.random.default_rng(2)
+    llm = Llama(
+        str(path), n_ctx=6 * train, group_size=24, neighbor_window=train // 3, max_distance=train - 3, block_size=5,
+        logits_all=True, verbose=False, **F32,
+    )
+    sizes = rng.integers(1, 40, n).tolist()
+    at = 0
+    for size in sizes:
+        llm.eval(tokens[at : at + size])
+        at += size
+        if at >= n:
+            break
+    wanted = reference.logits(tokens, steps_of(llm, n, sizes), llm.self_extend)
+    assert relative_error(llm.scores[:n], wanted) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["norm-32", "neox-64"])
+def test_any_key_positions(model, name):
+    """Positions that follow no schedule, forwards and backwards, with gaps and long runs."""
+    path = model(name)
+    reference = Reference(path)
+    n = 600
+    tokens = random_tokens(n, seed=3)
+    llm = Llama(str(path), n_ctx=n, logits_all=True, verbose=False, **F32)
+    engine = llm._engine
+    rng = np.random.default_rng(4)
+    asked: dict[int, np.ndarray] = {}
+    steps, at = [], 0
+    while at < n:
+        size = int(min(n - at, rng.integers(20, 120)))
+        positions = np.arange(at, dtype=np.int32)
+        if at:
+            kind = len(steps) % 3
+            if kind == 0:
+                positions = np.sort(rng.integers(0, at, at)).astype(np.int32)
+            elif kind == 1:
+                positions[: at // 2] = positions[: at // 2] // 3 + at // 4
+        asked[at] = positions
+        engine.set_key_positions(positions)
+        llm._batch.set_batch(batch=tokens[at : at + size], n_past=at, logits_all=True)
+        engine.decode(llm._batch.batch)
+        assert np.array_equal(engine.key_positions, [*positions, *range(at, at + size)])
+        shape = (size, llm.n_vocab())
+        llm.scores[at : at + size] = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=shape)
+        steps.append(size)
+        at += size
+    wanted = reference.logits(tokens, steps, lambda n0, n1: asked[n0])
+    assert relative_error(llm.scores[:n], wanted) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_f16_cache_is_at_most_twice_as_far_off_as_plain_llama_cpp(model, name):
+    """Rewritten f16 keys are rounded again; a key is rewritten a few times only, so the error stays bounded."""
+    import llama_cpp
+
+    path = model(name)
+    n = 16 * Reference(path).n_ctx_train
+    tokens = random_tokens(n, seed=5)
+
+    def run(kind: type, cache: dict[str, int]) -> np.ndarray:
+        llm = kind(str(path), n_ctx=-(-n // 256) * 256, logits_all=True, verbose=False, flash_attn=False, **cache)
+        llm.eval(tokens)
+        return llm.scores[:n].astype(np.float64)
+
+    def error(kind: type) -> float:
+        exact, rounded = run(kind, F32), run(kind, F16)
+        return float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact))
+
+    assert error(Llama) < 2 * error(llama_cpp.Llama)
+
+
+def test_reference_equals_llama_cpp_within_the_trained_context(model):
+    """The oracle itself, checked against plain llama.cpp where neither groups anything."""
+    import llama_cpp
+
+    for name in MODELS:
+        reference = Reference(model(name))
+        tokens = random_tokens(reference.n_ctx_train, seed=6)
+        llm = llama_cpp.Llama(str(model(name)), n_ctx=512, logits_all=True, verbose=False, **F32)
+        llm.eval(tokens)
+        wanted = reference.logits(tokens, [len(tokens)], lambda n0, n1: np.arange(n0))
+        assert relative_error(llm.scores[: len(tokens)], wanted) < 1e-4
+
+
+def test_paper_attention_differs_by_the_window_rounding_only(model):
+    """With one token a step and a block of one, schedule `paper` sees almost the distances of the paper.
+
+    Paper, key outside the window:  q//G + W - W//G - k//G
+    Here, boundary g = q - W:       q - (g - g//G + k//G) = W + (q - W)//G - k//G
+    The two differ by at most one position, because q//G - W//G and (q - W)//G round differently.
+    """
+    size, window = 4, 24
+    config = plan(96, 300, group_size=size, neighbor_window=window, block_size=1, schedule="paper", n_batch=1)
+    for q in range(window + 1, 300):
+        ours = q - schedule_positions(config, q, q + 1)
+        k = np.arange(q)
+        paper = np.where(q - k < window, q - k, q // size + window - window // size - k // size)
+        assert np.abs(ours - paper).max() <= 1
+        assert np.array_equal(ours[q - window + 1 :], paper[q - window + 1 :])
+
+    reference = Reference(model("neox-64"))
+    tokens = random_tokens(120, seed=7)
+    ours = reference.logits(tokens, [1] * 120, config)
+    paper = reference.paper_logits(tokens, size, window)
+    plain = reference.logits(tokens, [120], lambda n0, n1: np.arange(n0))
+    # Before anything is grouped they are the same; afterwards ours is closer to the paper than plain attention is.
+    assert relative_error(ours[: window + 1], paper[: window + 1]) < 1e-12
+    assert np.linalg.norm(ours - paper) < np.linalg.norm(plain - paper)
