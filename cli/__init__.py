@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import click
-
-from selfextend_gguf import __version__
 from selfextend_gguf.cli.bench import bench
 from selfextend_gguf.cli.demo import demo
 from selfextend_gguf.cli.errors import ErrorHandlingGroup
 from selfextend_gguf.cli.info import info
 from selfextend_gguf.cli.run import run
+
+from selfextend_gguf import __version__
 
 
 @click.group(cls=ErrorHandlingGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -17,7 +17,9 @@ from selfextend_gguf.models import TINY_MODEL
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option("--smollm-135m", is_flag=True, help="Measure a random-weight model of SmolLM-135M's shape.")
 @click.option("--length", type=click.IntRange(512), default=8192, show_default=True, help="Tokens to read.")
-@click.option("-n", "--predict", type=click.IntRange(1), default=128, show_default=True, help="Tokens to evaluate one by one.")
+@click.option(
+    "-n", "--predict", type=click.IntRange(1), default=128, show_default=True, help="Tokens to evaluate one by one."
+)
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Measurements; medians are shown.")
 @click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
@@ -47,4 +49,6 @@ def bench(
     for name, ratio in ((f"read {length} tokens", result.read), (f"then {predict} one by one", result.generate)):
         click.echo(f"{name:<28}{ratio.extended_seconds:>12.2f} s{ratio.plain_seconds:>12.2f} s{ratio.ratio:>8.3f}")
     peaks = result.extended_peak, result.plain_peak
-    click.echo(f"{'peak memory':<28}{peaks[0] / 2**20:>10.0f} MiB{peaks[1] / 2**20:>10.0f} MiB{peaks[0] / peaks[1]:>8.3f}")
+    click.echo(
+        f"{'peak memory':<28}{peaks[0] / 2**20:>10.0f} MiB{peaks[1] / 2**20:>10.0f} MiB{peaks[0] / peaks[1]:>8.3f}"
+    )

@@ -12,8 +12,12 @@ from selfextend_gguf.tiny.data import KeyTask, key_task
 
 
 @click.command()
-@click.option("--times", type=click.IntRange(1, 64), default=16, show_default=True, help="Text length in trained contexts.")
-@click.option("--depth", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Where the key is hidden; 0 = start.")
+@click.option(
+    "--times", type=click.IntRange(1, 64), default=16, show_default=True, help="Text length in trained contexts."
+)
+@click.option(
+    "--depth", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Where the key is hidden; 0 = start."
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Which key and which part of the text.")
 def demo(times: int, depth: float, seed: int) -> None:
     """Hide a key in a text of 16 trained contexts and ask the bundled model for it, with and without Self-Extend.

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 import llama_cpp
-
 from selfextend_gguf.cli.options import model_argument, self_extend_options, verbose_option
+
 from selfextend_gguf.config import longest_context, plan
 from selfextend_gguf.model_info import ModelInfo
 
@@ -40,7 +40,9 @@ def info(model: Path, ctx: int | None, as_json: bool, verbose: bool, **parameter
         "Trained context": f"{facts['n_ctx_train']} tokens",
         "RoPE": facts["rope"],
         "Quantisation": facts["quantisation"],
-        f"KV cache at {facts['n_ctx']} tokens": ", ".join(f"{size / 2**20:.1f} MiB ({kind})" for kind, size in kv.items()),
+        f"KV cache at {facts['n_ctx']} tokens": ", ".join(
+            f"{size / 2**20:.1f} MiB ({kind})" for kind, size in kv.items()
+        ),
         "Longest context": f"{facts['longest_context']} tokens",
         "Self-Extend": facts["explanation"],
     }
@@ -56,9 +58,7 @@ def describe(file: ModelInfo, n_ctx: int, parameters: dict[str, Any]) -> dict[st
         explanation = str(config)
     else:
         config = None
-        explanation = (
-            f"not possible: {reason}" if reason else f"not needed: {n_ctx} tokens fit the trained context"
-        )
+        explanation = f"not possible: {reason}" if reason else f"not needed: {n_ctx} tokens fit the trained context"
     types = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
     return {
         "model": str(file.path),

@@ -30,33 +30,64 @@ model_argument = click.argument("model", type=click.Path(path_type=Path))
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log, and tracebacks of errors.")
 
 self_extend_options = _combine(
-    click.option("-gan", "--group-size", type=int, help="Tokens that share a key position outside the window [automatic]."),
+    click.option(
+        "-gan", "--group-size", type=int, help="Tokens that share a key position outside the window [automatic]."
+    ),
     click.option("-gaw", "--neighbor-window", type=int, help="Latest tokens that keep exact distances [automatic]."),
-    click.option("--schedule", type=click.Choice(SCHEDULES), help=f"How keys are grouped as the text grows [{SCHEDULES[0]}]."),
+    click.option(
+        "--schedule", type=click.Choice(SCHEDULES), help=f"How keys are grouped as the text grows [{SCHEDULES[0]}]."
+    ),
 )
 
 device_options = _combine(
-    click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads [half of the cores to generate, all to read]."),
-    click.option("-ngl", "--gpu-layers", type=int, default=0, show_default=True, help="Layers to put on the GPU; -1 = all."),
-    click.option("-ctk", "--cache-type-k", type=click.Choice(list(CACHE_TYPES)), default="f16", show_default=True,
-                 help="Type of the cached keys."),
-    click.option("-ctv", "--cache-type-v", type=click.Choice(list(CACHE_TYPES)), default="f16", show_default=True,
-                 help="Type of the cached values."),
+    click.option(
+        "-t", "--threads", type=click.IntRange(1), help="CPU threads [half of the cores to generate, all to read]."
+    ),
+    click.option(
+        "-ngl", "--gpu-layers", type=int, default=0, show_default=True, help="Layers to put on the GPU; -1 = all."
+    ),
+    click.option(
+        "-ctk",
+        "--cache-type-k",
+        type=click.Choice(list(CACHE_TYPES)),
+        default="f16",
+        show_default=True,
+        help="Type of the cached keys.",
+    ),
+    click.option(
+        "-ctv",
+        "--cache-type-v",
+        type=click.Choice(list(CACHE_TYPES)),
+        default="f16",
+        show_default=True,
+        help="Type of the cached values.",
+    ),
 )
 
 sampling_options = _combine(
     click.option("--temp", type=click.FloatRange(0), default=0.8, show_default=True, help="Temperature; 0 = greedy."),
-    click.option("--top-k", type=int, default=40, show_default=True, help="Sample from the k likeliest tokens; 0 = all."),
+    click.option(
+        "--top-k", type=int, default=40, show_default=True, help="Sample from the k likeliest tokens; 0 = all."
+    ),
     click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Nucleus sampling."),
-    click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Least relative probability."),
+    click.option(
+        "--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Least relative probability."
+    ),
     click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty on repeated tokens."),
     click.option("--seed", type=int, help="Seed of the sampler [random]."),
 )
 
 
 def llama_arguments(
-    *, threads: int | None, gpu_layers: int, cache_type_k: str, cache_type_v: str, group_size: int | None,
-    neighbor_window: int | None, schedule: str | None, verbose: bool,
+    *,
+    threads: int | None,
+    gpu_layers: int,
+    cache_type_k: str,
+    cache_type_v: str,
+    group_size: int | None,
+    neighbor_window: int | None,
+    schedule: str | None,
+    verbose: bool,
 ) -> dict[str, Any]:
     """Arguments of `Llama` from the options above."""
     return {

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
-from selfextend_gguf._native import watch_interrupts
 from selfextend_gguf.cli.errors import EXIT_INTERRUPTED
 from selfextend_gguf.cli.options import (
     device_options,
@@ -24,6 +22,8 @@ from selfextend_gguf.cli.options import (
     self_extend_options,
     verbose_option,
 )
+
+from selfextend_gguf._native import watch_interrupts
 from selfextend_gguf.errors import ContextFullError
 from selfextend_gguf.generate import Piece, Timings, stream_completion
 from selfextend_gguf.llama import Llama
@@ -35,10 +35,16 @@ from selfextend_gguf.prompt import Prompt, chat_prompt, raw_prompt
 @model_argument
 @click.argument("prompt", required=False)
 @click.option("-p", "--prompt", "prompt_option", help="The prompt, or the question about the text of -f.")
-@click.option("-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text file to read first; - = standard input.")
+@click.option(
+    "-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text file to read first; - = standard input."
+)
 @click.option("-c", "--ctx", type=click.IntRange(1), help="Context in tokens [what prompt and answer need].")
-@click.option("-n", "--predict", type=click.IntRange(1), default=256, show_default=True, help="Most tokens to generate.")
-@click.option("-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once.")
+@click.option(
+    "-n", "--predict", type=click.IntRange(1), default=256, show_default=True, help="Most tokens to generate."
+)
+@click.option(
+    "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once."
+)
 @click.option("--raw", is_flag=True, help="Leave out the model's chat template.")
 @click.option("--system", help="System message for the chat template.")
 @self_extend_options
@@ -48,9 +54,24 @@ from selfextend_gguf.prompt import Prompt, chat_prompt, raw_prompt
 @click.option("--timings", is_flag=True, help="Print speeds on standard error.")
 @verbose_option
 def run(
-    model: Path, prompt: str | None, prompt_option: str | None, file: Path | None, ctx: int | None, predict: int,
-    batch_size: int, raw: bool, system: str | None, temp: float, top_k: int, top_p: float, min_p: float,
-    repeat_penalty: float, seed: int | None, as_json: bool, timings: bool, **options: Any,
+    model: Path,
+    prompt: str | None,
+    prompt_option: str | None,
+    file: Path | None,
+    ctx: int | None,
+    predict: int,
+    batch_size: int,
+    raw: bool,
+    system: str | None,
+    temp: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repeat_penalty: float,
+    seed: int | None,
+    as_json: bool,
+    timings: bool,
+    **options: Any,
 ) -> None:
     """Complete a prompt; a text longer than the trained context is extended without asking.
 
@@ -64,10 +85,7 @@ def run(
     """
     text = read_prompt(prompt, prompt_option, file)
     with ModelInfo(model, verbose=options["verbose"]) as info:
-        if info.chat_template and not raw:
-            tokens = chat_prompt(info, text, system)
-        else:
-            tokens = raw_prompt(info, text)
+        tokens = chat_prompt(info, text, system) if info.chat_template and not raw else raw_prompt(info, text)
     if not tokens.tokens:
         raise click.UsageError("the prompt is empty")
     n_ctx = ctx or len(tokens.tokens) + predict + 1
@@ -75,12 +93,18 @@ def run(
         raise ContextFullError(f"Requested tokens ({len(tokens.tokens)}) exceed context window of {n_ctx}")
 
     began = time.perf_counter()
-    llm = Llama(str(model), n_ctx=n_ctx, n_batch=batch_size, seed=-1 if seed is None else seed, **llama_arguments(**options))
+    llm = Llama(
+        str(model), n_ctx=n_ctx, n_batch=batch_size, seed=-1 if seed is None else seed, **llama_arguments(**options)
+    )
     load_seconds = time.perf_counter() - began
     watch_interrupts(llm.ctx)
     sampling = {
-        "temperature": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repeat_penalty": repeat_penalty, "seed": seed,
+        "temperature": temp,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "seed": seed,
     }
     try:
         answer, last = print_answer(llm, tokens, predict, sampling, echo=not as_json)

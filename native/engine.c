@@ -454,7 +454,14 @@ int32_t sx_engine_decode(sx_engine * e, struct llama_batch batch) {
     if (status != SX_OK) {
         return status;
     }
+    llama_memory_t memory = llama_get_memory(e->ctx);
     const int32_t n_cached = e->n_tokens, n_total = n_cached + batch.n_tokens;
+    const int32_t n_held = llama_memory_seq_pos_max(memory, 0) + 1;
+    if (n_held != n_cached) {
+        llama_memory_clear(memory, true);
+        e->n_tokens = 0;
+        return sx_fail(SX_ERR_CACHE, "llama.cpp holds %d tokens, the engine %d", n_held, n_cached);
+    }
     for (int l = 0; l < e->n_layers; ++l) {
         e->next_cell[l] = n_cached;
     }
@@ -465,7 +472,6 @@ int32_t sx_engine_decode(sx_engine * e, struct llama_batch batch) {
     const int32_t rc = llama_decode(e->ctx, batch);
     e->decoding      = false;
 
-    llama_memory_t memory = llama_get_memory(e->ctx);
     if (e->fault == 0 && rc != 0) {
         // A failed decode may have kept some micro-batches.
         llama_memory_seq_rm(memory, 0, n_cached, -1);

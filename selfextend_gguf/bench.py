@@ -71,9 +71,7 @@ def _ratio(pairs: list[tuple[float, float]]) -> Ratio:
     )
 
 
-def _turns(
-    extended: llama_cpp.Llama, plain: llama_cpp.Llama, tokens: list[int], size: int
-) -> tuple[float, float]:
+def _turns(extended: llama_cpp.Llama, plain: llama_cpp.Llama, tokens: list[int], size: int) -> tuple[float, float]:
     """Seconds each model spends on `tokens`, taking turns after every `size` of them."""
     seconds = [0.0, 0.0]
     for turn, begin in enumerate(range(0, len(tokens), size)):
@@ -110,7 +108,16 @@ def _plain_arguments(extended: Llama, shared: dict) -> dict:
 
 
 def _peak(side: str, model: Path, length: int, n_ctx: int, threads: int | None) -> int:
-    command = [sys.executable, "-m", "selfextend_gguf.bench", side, str(model), str(length), str(n_ctx), str(threads or 0)]
+    command = [
+        sys.executable,
+        "-m",
+        "selfextend_gguf.bench",
+        side,
+        str(model),
+        str(length),
+        str(n_ctx),
+        str(threads or 0),
+    ]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])["peak_bytes"]
 

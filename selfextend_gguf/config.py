@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from selfextend_gguf.errors import ConfigError
 
 SCHEDULES = ("selfextend", "paper")
+_TILE = 64
+# Groups of more tokens than the model ever saw at once have lost any order that its distances could express.
+# Models trained on next to nothing (tests have some) may group this many all the same.
+_SMALLEST_LIMIT = 256
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class SelfExtendConfig:
     @property
     def longest_context(self) -> int:
         """Longest text these numbers reach, in tokens."""
-        return _reach(self.schedule, self.max_distance, self.neighbor_window, self.n_batch, self.block_size, self.group_size)
+        return _reach(
+            self.schedule, self.max_distance, self.neighbor_window, self.n_batch, self.block_size, self.group_size
+        )
 
     def step_size(self, n_cached: int, n_new: int) -> int:
         """How many of `n_new` tokens to decode next after `n_cached`: the text within the trained context
@@ -44,17 +50,21 @@ class SelfExtendConfig:
 
     def __str__(self) -> str:
         if not self.is_active:
-            return f"{self.n_ctx} tokens fit the trained context of {self.n_ctx_train}: plain llama.cpp, nothing is grouped."
+            return (
+                f"{self.n_ctx} tokens fit the trained context of {self.n_ctx_train}: "
+                "plain llama.cpp, nothing is grouped."
+            )
         start = (
             f"beyond the neighbor window of {self.neighbor_window} tokens"
             if self.schedule == "paper"
             else f"beyond {self.n_ctx_train} tokens"
         )
         return (
-            f"Up to {self.n_ctx} tokens ({self.n_ctx / self.n_ctx_train:.3g}x the trained {self.n_ctx_train}): {start}, "
-            f"older tokens share key positions in groups of {self.group_size}, at least the latest {self.neighbor_window} "
-            f"keep their exact distance, and no distance reaches {self.max_distance} "
-            f"(schedule {self.schedule}, block {self.block_size}, {self.n_batch} tokens a step)."
+            f"Up to {self.n_ctx} tokens ({self.n_ctx / self.n_ctx_train:.3g}x the trained {self.n_ctx_train}): "
+            f"{start}, older tokens share key positions in groups of {self.group_size}, "
+            f"at least the latest {self.neighbor_window} keep their exact distance, "
+            f"and no distance reaches {self.max_distance} (schedule {self.schedule}, "
+            f"block {self.block_size}, {self.n_batch} tokens a step)."
         )
 
 
@@ -84,6 +94,15 @@ def _smallest_group_size(schedule: str, n_ctx: int, max_distance: int, slack: in
     return max(2, needed)
 
 
+def _whole_tiles(free: int) -> int:
+    """Tokens of a step: a third of the free positions, rounded to what llama.cpp's CPU flash attention computes
+    in tiles of 64 queries (fewer at once take a path that is several times slower)."""
+    third = max(1, free // 3)
+    if third > _TILE:
+        return third // _TILE * _TILE
+    return _TILE if free >= 2.5 * _TILE else third
+
+
 def _check_range(name: str, value: int, low: int, high: int, why: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} must be a whole number, not {value!r}")
@@ -104,9 +123,9 @@ def plan(
 ) -> SelfExtendConfig:
     """Resolve the parameters for reading `n_ctx` tokens with a model trained on `n_ctx_train`.
 
-    None = automatic: distances below the trained context, a quarter of them for the neighbor window, a third of
-    the rest for the tokens of one step (at most `n_batch`, default 512), a sixth for the block, and the smallest
-    group size that reaches `n_ctx` with these.
+    None = automatic: distances below the trained context, a quarter of them for the neighbor window, a third
+    of the rest for the tokens of one step (whole tiles of 64; at most `n_batch`, default 512), a sixth for the
+    block, and the smallest group size that reaches `n_ctx` with these.
 
     Raises ConfigError for values out of range, and for a combination that cannot reach `n_ctx`; the message
     names the smallest change that would.
@@ -118,9 +137,10 @@ def plan(
     schedule = SCHEDULES[0] if schedule is None else schedule
     if schedule not in SCHEDULES:
         raise ConfigError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
+    largest = largest_group_size(n_ctx_train)
     trained = f" (the model is trained on {n_ctx_train} tokens)"
     if group_size is not None:
-        _check_range("group_size", group_size, 1, n_ctx_train, trained)
+        _check_range("group_size", group_size, 1, largest, trained)
     if max_distance is not None:
         _check_range("max_distance", max_distance, 8, n_ctx_train, trained)
     distance = n_ctx_train if max_distance is None else max_distance
@@ -131,7 +151,7 @@ def plan(
     if n_batch is not None:
         _check_range("n_batch", n_batch, 1, 2**30, "")
     free = distance - window
-    step = min(512 if n_batch is None else n_batch, max(1, free // 3))
+    step = min(512 if n_batch is None else n_batch, _whole_tiles(free))
     if block_size is not None:
         _check_range("block_size", block_size, 1, free - step, f" with a neighbor window of {window}")
     block = max(1, free // 6) if block_size is None else block_size
@@ -142,12 +162,13 @@ def plan(
     slack = _slack(distance, window, step, block)
     needed = _smallest_group_size(schedule, n_ctx, distance, slack)
     size = needed if group_size is None else group_size
-    if needed > n_ctx_train:
-        longest = _reach(schedule, distance, window, step, block, n_ctx_train)
+    if needed > largest:
+        longest = _reach(schedule, distance, window, step, block, largest)
         raise ConfigError(
             f"{n_ctx} tokens are beyond the reach of Self-Extend for a trained context of {n_ctx_train}: even with the "
-            f"largest group size ({n_ctx_train}) a neighbor window of {window} reaches {longest}; "
-            f"ask for at most {longest} tokens" + (" or a smaller neighbor window" if neighbor_window is not None else "")
+            f"largest group size ({largest}) a neighbor window of {window} reaches {longest}; "
+            f"ask for at most {longest} tokens"
+            + (" or a smaller neighbor window" if neighbor_window is not None else "")
         )
     if size < needed:
         longest = _reach(schedule, distance, window, step, block, size) if size > 1 else n_ctx_train
@@ -158,7 +179,13 @@ def plan(
     return SelfExtendConfig(n_ctx_train, n_ctx, schedule, size, window, distance, block, step)
 
 
+def largest_group_size(n_ctx_train: int) -> int:
+    """Largest group size that is accepted for a trained context."""
+    return max(n_ctx_train, _SMALLEST_LIMIT)
+
+
 def longest_context(n_ctx_train: int, *, schedule: str | None = None, neighbor_window: int | None = None) -> int:
     """Longest text that automatic parameters reach for a trained context, in tokens."""
     base = plan(n_ctx_train, n_ctx_train, schedule=schedule, neighbor_window=neighbor_window)
-    return _reach(base.schedule, base.max_distance, base.neighbor_window, base.n_batch, base.block_size, n_ctx_train)
+    limit = largest_group_size(n_ctx_train)
+    return _reach(base.schedule, base.max_distance, base.neighbor_window, base.n_batch, base.block_size, limit)

@@ -48,7 +48,9 @@ class SelfExtendContext:
         self._engine.truncate(0)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
-        raise SelfExtendError("Self-Extend keeps one sequence whose cells it positions itself: "
-                              "shifting, copying or keeping sequences is not possible")
+        raise SelfExtendError(
+            "Self-Extend keeps one sequence whose cells it positions itself: "
+            "shifting, copying or keeping sequences is not possible"
+        )
 
     kv_cache_seq_shift = kv_cache_seq_cp = kv_cache_seq_keep = _refuse

@@ -18,6 +18,7 @@ from selfextend_gguf.context import SelfExtendContext
 from selfextend_gguf.errors import (
     ConfigError,
     ContextFullError,
+    EngineError,
     NotEnoughMemoryError,
     SelfExtendError,
     StateError,
@@ -107,6 +108,8 @@ class Llama(llama_cpp.Llama):
         except ValueError as error:
             if "odel path" in str(error) or "load model" in str(error):
                 raise model_file_error(model_path) from error
+            if "create llama_context" in str(error):
+                raise EngineError(f"llama.cpp could not create a context of {n_ctx} tokens for {model_path}") from error
             raise
         if self._engine is not None and self.self_extend is not None:
             try:
@@ -164,8 +167,8 @@ class Llama(llama_cpp.Llama):
         if need > available:
             fits = n_ctx * available // need // _CELL_MULTIPLE * _CELL_MULTIPLE
             raise NotEnoughMemoryError(
-                f"the KV cache of {n_ctx} tokens needs {need / 2**30:.1f} GiB, {available / 2**30:.1f} GiB of memory are "
-                f"available: about {fits} tokens would fit"
+                f"the KV cache of {n_ctx} tokens needs {need / 2**30:.1f} GiB, "
+                f"{available / 2**30:.1f} GiB of memory are available: about {fits} tokens would fit"
             )
 
     # ---- reading -------------------------------------------------------------------------------------------
@@ -177,9 +180,7 @@ class Llama(llama_cpp.Llama):
         """
         n_new = len(tokens)
         if self.n_tokens + n_new > self._n_ctx:
-            raise ContextFullError(
-                f"Requested tokens ({self.n_tokens + n_new}) exceed context window of {self._n_ctx}"
-            )
+            raise ContextFullError(f"Requested tokens ({self.n_tokens + n_new}) exceed context window of {self._n_ctx}")
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         done = 0
         while done < n_new:

@@ -25,7 +25,7 @@ def model_file_error(path: str | Path) -> ModelFileError:
     if path.is_dir():
         return ModelFileError(f"{path} is a directory, not a GGUF file")
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
         return ModelFileError(f"cannot read {path}: {error.strerror}")
@@ -107,7 +107,14 @@ class ModelInfo:
     @property
     def rope(self) -> str:
         """Kind of RoPE, with its base and scaling."""
-        names = {-1: "none", 0: "norm", 2: "neox", 8: "multi-dimensional", 24: "vision", 40: "interleaved multi-dimensional"}
+        names = {
+            -1: "none",
+            0: "norm",
+            2: "neox",
+            8: "multi-dimensional",
+            24: "vision",
+            40: "interleaved multi-dimensional",
+        }
         kind = int(llama_cpp.llama_model_rope_type(self.model.model))
         if kind == -1:
             return "none"

@@ -73,7 +73,9 @@ class Reference:
         cos, sin = np.cos(angle), np.sin(angle)
         half = self.head_dim // 2
         out = np.empty_like(x)
-        first, second = (slice(0, None, 2), slice(1, None, 2)) if self.arch == "llama" else (slice(0, half), slice(half, None))
+        first, second = (
+            (slice(0, None, 2), slice(1, None, 2)) if self.arch == "llama" else (slice(0, half), slice(half, None))
+        )
         out[..., first] = x[..., first] * cos - x[..., second] * sin
         out[..., second] = x[..., first] * sin + x[..., second] * cos
         return out

@@ -18,6 +18,7 @@ from selfextend_gguf.models import TINY_MODEL  # noqa: E402
 from selfextend_gguf.reference import Reference  # noqa: E402
 from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama  # noqa: E402
 
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")

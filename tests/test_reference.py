@@ -51,8 +51,15 @@ def test_any_chunking_and_pinned_parameters(model, name):
     tokens = random_tokens(n, seed=1)
     rng = np.random.default_rng(2)
     llm = Llama(
-        str(path), n_ctx=6 * train, group_size=24, neighbor_window=train // 3, max_distance=train - 3, block_size=5,
-        logits_all=True, verbose=False, **F32,
+        str(path),
+        n_ctx=6 * train,
+        group_size=24,
+        neighbor_window=train // 3,
+        max_distance=train - 3,
+        block_size=5,
+        logits_all=True,
+        verbose=False,
+        **F32,
     )
     sizes = rng.integers(1, 40, n).tolist()
     at = 0

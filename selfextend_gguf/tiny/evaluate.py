@@ -87,9 +87,7 @@ def losses_of_group_attention_loop(
             c_api.llama_memory_seq_div(
                 memory, 0, grouped + shift * squeeze, grouped + shift * squeeze + window, group_size
             )
-            c_api.llama_memory_seq_add(
-                memory, 0, grouped + shift * squeeze + window, n_past + shift * squeeze, rest
-            )
+            c_api.llama_memory_seq_add(memory, 0, grouped + shift * squeeze + window, n_past + shift * squeeze, rest)
             n_past -= squeeze
             grouped += window // group_size
         batch = tokens[begin : begin + n_batch]
@@ -160,15 +158,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--texts", type=int, default=4, help="stretches of text a length")
     args = parser.parse_args(argv)
     text = args.text.read_text(encoding="ascii")
-    print("| tokens | key found | key found, llama.cpp | perplexity | fresh windows | ratio | llama.cpp | `--grp-attn` loop |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    header = ["tokens", "key found", "key found, llama.cpp", "perplexity", "fresh windows", "ratio"]
+    print(" | ".join(["", *header, "llama.cpp", "`--grp-attn` loop", ""]).strip())
+    print("|---:" * (len(header) + 2) + "|")
     for n_tokens in args.lengths:
         r = evaluate(args.model, text, n_tokens, args.trials, args.texts)
-        print(
-            f"| {r.n_tokens} | {r.retrieval:.2f} | {r.plain_retrieval:.2f} | {r.perplexity:.2f} | {r.fresh_windows:.2f} | "
-            f"{r.perplexity / r.fresh_windows:.3f} | {r.plain:.1f} | {r.group_attention_loop:.1f} |",
-            flush=True,
-        )
+        ratio = r.perplexity / r.fresh_windows
+        cells = [str(r.n_tokens), f"{r.retrieval:.2f}", f"{r.plain_retrieval:.2f}", f"{r.perplexity:.2f}"]
+        cells += [f"{r.fresh_windows:.2f}", f"{ratio:.3f}", f"{r.plain:.1f}", f"{r.group_attention_loop:.1f}"]
+        print(" | ".join(["", *cells, ""]).strip(), flush=True)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def write_llama(
     *,
     weight_type: str = "F32",
     name: str = "tiny",
+    chat_template: str | None = None,
 ) -> None:
     """Write `tensors` (llama.cpp names, float32, matrices as (out, in)) as a GGUF file of `weight_type`."""
     quantisation = gguf.GGMLQuantizationType[weight_type]
@@ -108,6 +109,8 @@ def write_llama(
     writer.add_layer_norm_rms_eps(shape.norm_eps)
     writer.add_vocab_size(shape.n_vocab)
     add_byte_vocabulary(writer, shape.n_vocab)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     for tensor_name, array in tensors.items():
         array = np.ascontiguousarray(array, np.float32)
         if array.ndim == 1:

@@ -1,0 +1,411 @@
+"""The `sx-gguf` command as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from helpers import SHAPES
+from selfextend_gguf.cli import main
+
+from selfextend_gguf.bench import write_random_model
+from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.tiny.data import key_task
+from selfextend_gguf.tiny.model_file import LlamaShape
+
+COMMAND = [sys.executable, "-c", "from selfextend_gguf.cli import main; main(prog_name='sx-gguf')"]
+MODEL = str(TINY_MODEL)
+
+
+def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, list(arguments), input=stdin)
+
+
+@pytest.fixture(scope="module")
+def task(heldout_text):
+    return key_task(np.random.default_rng(3), heldout_text, 1024, 0.4)
+
+
+# ---- run -----------------------------------------------------------------------------------------------------
+
+
+def test_run_extends_without_asking(task):
+    """Four trained contexts, no --ctx: the answer is right. (CliRunner's stdout holds the answer alone.)"""
+    result = invoke("run", MODEL, task.prompt, "-n", "5", "--temp", "0")
+    assert (result.exit_code, result.stdout) == (0, task.answer + "\n")
+
+
+def test_prompt_from_option_file_and_standard_input(task, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text(task.prompt)
+    for arguments, stdin in (
+        (["-p", task.prompt], None),
+        (["-f", str(file)], None),
+        (["-f", "-"], task.prompt),
+        ([], task.prompt),
+    ):
+        result = invoke("run", MODEL, *arguments, "-n", "5", "--temp", "0", stdin=stdin)
+        assert (result.exit_code, result.stdout) == (0, task.answer + "\n"), arguments
+
+
+def test_a_question_comes_after_the_file(task, tmp_path):
+    file = tmp_path / "text.txt"
+    text, question = task.prompt.rsplit("\n", 1)
+    file.write_text(text)
+    result = invoke("run", MODEL, "-f", str(file), "-p", question, "-n", "5", "--temp", "0")
+    assert result.stdout == task.answer + "\n"
+
+
+def test_json_is_one_record(task):
+    result = invoke("run", MODEL, task.prompt, "-n", "5", "--temp", "0", "--json")
+    record = json.loads(result.stdout)
+    assert record["text"] == task.answer
+    assert record["prompt_tokens"] == len(task.prompt)
+    assert record["generated_tokens"] == 5
+    assert record["finish_reason"] == "length"
+    assert record["n_ctx"] == 1280  # 1024 + 5 + 1 tokens, rounded up to llama.cpp's multiple of 256
+    assert record["self_extend"]["n_ctx_train"] == 256
+    assert record["timings"]["prompt_tokens_per_second"] > 0
+
+
+def test_within_the_trained_context_nothing_is_extended():
+    record = json.loads(invoke("run", MODEL, "And it came to pass", "-n", "8", "--json").stdout)
+    assert record["self_extend"] is None
+    assert record["n_ctx"] == 256
+
+
+def test_parameters_and_seed_reach_the_engine(task):
+    arguments = [
+        "run",
+        MODEL,
+        task.prompt,
+        "-n",
+        "20",
+        "--json",
+        "-c",
+        "2048",
+        "-gan",
+        "40",
+        "-gaw",
+        "32",
+        "-t",
+        "1",
+        "--seed",
+        "7",
+        "-ctk",
+        "f32",
+        "-ctv",
+        "f32",
+        "--schedule",
+        "paper",
+    ]
+    first, second = (json.loads(invoke(*arguments).stdout) for _ in range(2))
+    assert first["text"] == second["text"]
+    config = first["self_extend"]
+    assert (config["group_size"], config["neighbor_window"], config["schedule"]) == (40, 32, "paper")
+    other = json.loads(invoke(*[a if a != "7" else "8" for a in arguments]).stdout)
+    assert other["text"] != first["text"]
+
+
+def test_timings_go_to_standard_error(task):
+    result = invoke("run", MODEL, task.prompt, "-n", "5", "--temp", "0", "--timings")
+    assert result.stdout == task.answer + "\n"
+    assert re.search(r"prompt 1\d\d\d tokens, .* tokens/s \| generated 5 tokens", result.stderr)
+
+
+def test_chat_template_is_applied_unless_raw(tmp_path):
+    path = tmp_path / "chat.gguf"
+    reader = gguf.GGUFReader(MODEL)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    from selfextend_gguf.reference import Reference
+    from selfextend_gguf.tiny.model_file import write_llama
+
+    assert reader.tensors
+    weights = {k: v.astype(np.float32) for k, v in Reference(MODEL).weights.items()}
+    write_llama(path, LlamaShape(), weights, chat_template=template)
+    counts = [
+        json.loads(invoke("run", str(path), "hello", "-n", "1", "--json", *more).stdout)["prompt_tokens"]
+        for more in ([], ["--raw"], ["--system", "Be brief."])
+    ]
+    assert counts == [
+        len("[user] hello\n[assistant] "),
+        len("hello"),
+        len("[system] Be brief.\n[user] hello\n[assistant] "),
+    ]
+
+
+def test_a_progress_bar_on_a_terminal(task):
+    """In a real pseudo-terminal: the bar is on standard error, with tokens and speed, and the answer comes through."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(COMMAND[0], [*COMMAND, "run", MODEL, task.prompt, "-n", "5", "--temp", "0"])
+    output = b""
+    while True:
+        try:
+            chunk = os.read(terminal, 4096)
+        except OSError:  # Linux reports the end of a terminal this way
+            break
+        if not chunk:
+            break
+        output += chunk
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    screen = output.decode()
+    assert re.search(r"Reading .*100%.*1\d\d\d of 1\d\d\d tokens, \d+ tokens/s", screen)
+    assert task.answer in screen
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bad_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.gguf").write_bytes(b"")
+    content = TINY_MODEL.read_bytes()
+    (folder / "truncated.gguf").write_bytes(content[: len(content) // 2])
+    (folder / "header.gguf").write_bytes(content[:100])
+    (folder / "random.gguf").write_bytes(np.random.default_rng(0).bytes(100_000))
+    (folder / "magic.gguf").write_bytes(b"GGUF" + np.random.default_rng(0).bytes(100_000))
+    (folder / "directory.gguf").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.gguf", "does not exist"),
+        ("directory.gguf", "is a directory"),
+        ("empty.gguf", "is empty"),
+        ("truncated.gguf", "damaged, truncated"),
+        ("header.gguf", "damaged, truncated"),
+        ("random.gguf", "is not a GGUF file"),
+        ("magic.gguf", "damaged, truncated"),
+    ],
+)
+@pytest.mark.parametrize("command", [["run", "-p", "x"], ["info"]])
+def test_bad_model_files(bad_models, command, name, message):
+    check_one_line_error([command[0], str(bad_models / name), *command[1:]], message)
+
+
+def check_one_line_error(arguments: list[str], message: str, stdin: bytes = b"") -> None:
+    """In a process of its own, because llama.cpp could abort it or write to its file descriptors."""
+    done = subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, timeout=120)
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode not in (0, -signal.SIGABRT, -signal.SIGSEGV), done
+    assert [line for line in lines if line.startswith(("Error: ", "Usage: "))], lines
+    assert len([line for line in lines if not line.startswith(("Usage: ", "Try ")) and line]) == 1, lines
+    assert message in lines[-1], lines
+    assert "Traceback" not in done.stderr.decode()
+    assert done.stdout == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-c", "1000000"], "beyond the reach of Self-Extend"),
+        (["-c", "1000000000"], "KV cache of 1000000000 tokens needs"),
+        (["-c", "512", "-p", "x" * 600], "Requested tokens (600) exceed context window of 512"),
+        (["-c", "512", "--group-size", "0"], "group_size must be between 1 and 256"),
+        (["-c", "512", "--group-size", "-2"], "group_size must be between 1 and 256"),
+        (["-c", "512", "--neighbor-window", "300"], "the model is trained on 256 tokens"),
+        (["-c", "4096", "-gan", "2"], "take a group size of at least"),
+        (["--schedule", "yarn"], "'yarn' is not one of"),
+        (["-c", "0"], "0 is not in the range x>=1"),
+        (["-f", "no-such-file.txt"], "No such file"),
+    ],
+)
+def test_bad_numbers(arguments, message):
+    prompt = [] if "-p" in arguments or "-f" in arguments else ["-p", "x"]
+    check_one_line_error(["run", MODEL, *prompt, *arguments], message)
+
+
+def test_invalid_utf8(tmp_path):
+    file = tmp_path / "latin1.txt"
+    file.write_bytes(b"caf\xe9 au lait")
+    check_one_line_error(["run", MODEL, "-f", str(file)], "is not UTF-8 text: invalid byte at offset 3")
+    check_one_line_error(["run", MODEL], "standard input is not UTF-8 text", stdin=b"\xff\xfe")
+
+
+def test_an_empty_prompt():
+    check_one_line_error(["run", MODEL], "the prompt is empty")
+
+
+def test_a_model_without_rope(tmp_path):
+    path = tmp_path / "gpt2.gguf"
+    write_gpt2(path)
+    check_one_line_error(["run", str(path), "-c", "512", "-p", "x"], "no rotary position embeddings (RoPE)")
+    result = invoke("info", str(path))
+    assert result.exit_code == 0
+    assert "not possible: the model has no rotary position embeddings (RoPE)" in result.stdout
+
+
+def write_gpt2(path: Path) -> None:
+    """A small GPT-2: learned absolute positions, no RoPE."""
+    from selfextend_gguf.tiny.model_file import add_byte_vocabulary
+
+    rng = np.random.default_rng(0)
+    n, ctx = 64, 128
+    writer = gguf.GGUFWriter(str(path), "gpt2")
+    writer.add_context_length(ctx)
+    writer.add_embedding_length(n)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(n)
+    writer.add_head_count(2)
+    writer.add_layer_norm_eps(1e-5)
+    add_byte_vocabulary(writer, 256)
+    shapes = {
+        "token_embd.weight": (256, n),
+        "position_embd.weight": (ctx, n),
+        "output.weight": (256, n),
+        "output_norm.weight": (n,),
+        "output_norm.bias": (n,),
+        "blk.0.attn_norm.weight": (n,),
+        "blk.0.attn_norm.bias": (n,),
+        "blk.0.attn_qkv.weight": (3 * n, n),
+        "blk.0.attn_qkv.bias": (3 * n,),
+        "blk.0.attn_output.weight": (n, n),
+        "blk.0.attn_output.bias": (n,),
+        "blk.0.ffn_norm.weight": (n,),
+        "blk.0.ffn_norm.bias": (n,),
+        "blk.0.ffn_up.weight": (n, n),
+        "blk.0.ffn_up.bias": (n,),
+        "blk.0.ffn_down.weight": (n, n),
+        "blk.0.ffn_down.bias": (n,),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(name, rng.standard_normal(shape, np.float32) * np.float32(0.1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_verbose_shows_the_traceback(bad_models):
+    done = subprocess.run(
+        [*COMMAND, "run", str(bad_models / "empty.gguf"), "-p", "x", "-v"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "ModelFileError" in done.stderr
+    assert "Traceback" in done.stderr
+
+
+def test_closed_standard_output():
+    with subprocess.Popen(
+        [*COMMAND, "run", MODEL, "In the beginning", "-n", "200"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.read(5)
+        process.stdout.close()
+        error = process.stderr.read().decode()
+        assert process.wait(60) == 1
+    assert error.splitlines() == ["Error: the output was closed before the answer was complete"]
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory):
+    """Large enough that one batch takes seconds, so that Ctrl-C has to reach into llama.cpp."""
+    path = tmp_path_factory.mktemp("slow") / "slow.gguf"
+    write_random_model(
+        path, LlamaShape(n_ctx_train=4096, n_layer=12, n_embd=1024, n_head=16, n_head_kv=4, head_dim=64, n_ff=4096)
+    )
+    return path
+
+
+def test_ctrl_c_while_reading_stops_at_once(slow_model, tmp_path):
+    file = tmp_path / "long.txt"
+    file.write_text("x" * 6000)
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(slow_model), "-f", str(file), "-b", "4096"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    time.sleep(4)  # loaded; the first batch of 4096 tokens is running
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert time.monotonic() - began < 3
+    assert process.returncode == 130
+    assert output == b""
+    assert re.fullmatch(r"Interrupted after reading \d+ of 6000 tokens\.", error.decode().strip())
+
+
+def test_ctrl_c_while_generating_keeps_the_text_so_far():
+    process = subprocess.Popen(
+        [*COMMAND, "run", MODEL, "In the beginning", "-n", "20000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    first = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    _rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(first) == 20
+    assert error.decode().strip() == "Interrupted while generating."
+
+
+# ---- info, demo, bench ---------------------------------------------------------------------------------------
+
+
+def test_info_says_what_will_happen():
+    result = invoke("info", MODEL, "--ctx", "4096")
+    assert result.exit_code == 0
+    rows = dict(re.split(r":\s+", line, maxsplit=1) for line in result.stdout.splitlines())
+    assert rows["Architecture"] == "llama"
+    assert rows["Trained context"] == "256 tokens"
+    assert rows["RoPE"] == "norm, base 10000"
+    assert rows["Quantisation"] == "Q8_0"
+    # 4 layers x 2 KV heads x 32 elements x (keys and values) x 4096 tokens x 2 bytes = 4 MiB; q8_0: 34 bytes for 32.
+    assert rows["KV cache at 4096 tokens"] == "4.0 MiB (f16), 2.1 MiB (q8_0)"
+    assert rows["Self-Extend"].startswith("Up to 4096 tokens (16x the trained 256)")
+    facts = json.loads(invoke("info", MODEL, "--ctx", "4096", "--json").stdout)
+    assert facts["extendable"]
+    assert facts["longest_context"] == int(rows["Longest context"].split()[0])
+
+
+def test_info_within_the_trained_context():
+    assert "not needed: 200 tokens fit" in invoke("info", MODEL, "-c", "200").stdout
+
+
+def test_info_refuses_what_run_would_refuse():
+    result = invoke("info", MODEL, "-c", "4096", "-gan", "3")
+    assert result.exit_code == 1
+    assert "take a group size of at least" in result.stderr
+
+
+def test_demo():
+    result = invoke("demo", "--times", "4")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert re.search(r"with Self-Extend +(\d{5}) +yes", result.stdout)
+    assert re.search(r"plain llama.cpp +.* no", result.stdout)
+    assert any(re.fullmatch(r" +.*The \w+ key is \d{5}\.", line) for line in lines)
+
+
+def test_bench_reports_ratios():
+    result = invoke("bench", "--length", "1024", "-n", "4", "--repeat", "1", "--json")
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(result.stdout)
+    for part in ("read", "generate"):
+        assert numbers[part]["ratio"] == pytest.approx(
+            numbers[part]["extended_seconds"] / numbers[part]["plain_seconds"]
+        )
+    assert numbers["extended_peak"] > 2**20
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_info_of_other_architectures(model, name):
+    facts = json.loads(invoke("info", str(model(name)), "--json").stdout)
+    assert facts["architecture"] == SHAPES[name].arch
+    assert facts["extendable"]

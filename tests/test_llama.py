@@ -1,0 +1,329 @@
+"""`Llama` as a drop-in for `llama_cpp.Llama`: every way of using it, beyond the trained context."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+
+import llama_cpp
+import numpy as np
+import pytest
+from helpers import F16, F32, random_tokens, relative_error
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+from selfextend_gguf import Llama, SelfExtendError
+from selfextend_gguf.errors import ConfigError, ContextFullError, StateError, UnsupportedModelError
+from selfextend_gguf.models import TINY_MODEL
+
+LONG = 1500  # tokens; the bundled model is trained on 256
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return Llama(str(TINY_MODEL), n_ctx=2048, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def long_prompt(heldout_text):
+    return heldout_text[:LONG]
+
+
+def test_it_is_a_llama_with_all_its_arguments():
+    assert issubclass(Llama, llama_cpp.Llama)
+    parameters = inspect.signature(Llama.__init__).parameters
+    for name in ("group_size", "neighbor_window", "max_distance", "block_size", "schedule"):
+        assert parameters[name].default is None
+
+
+@pytest.mark.parametrize("cache", [F16, F32])
+@pytest.mark.parametrize("flash_attn", [False, True])
+@pytest.mark.parametrize("n_ctx", [256, 1024, 4096])
+def test_within_the_trained_context_logits_equal_plain_llama_cpp_bit_for_bit(cache, flash_attn, n_ctx, heldout_text):
+    tokens = list(heldout_text[:256].encode())
+    arguments = {"n_ctx": n_ctx, "flash_attn": flash_attn, "logits_all": True, "verbose": False, **cache}
+    ours, plain = Llama(str(TINY_MODEL), **arguments), llama_cpp.Llama(str(TINY_MODEL), **arguments)
+    for begin, end in ((0, 100), (100, 101), (101, 256)):
+        ours.eval(tokens[begin:end])
+        plain.eval(tokens[begin:end])
+    assert np.array_equal(ours.scores[:256], plain.scores[:256])
+    assert (ours.self_extend is None) == (n_ctx <= 256)
+    assert np.array_equal(ours.key_positions, np.arange(256))
+
+
+def test_completion_and_stream_agree(llm, long_prompt):
+    whole = llm.create_completion(long_prompt, max_tokens=24, temperature=0)
+    assert whole["usage"] == {"prompt_tokens": LONG, "completion_tokens": 24, "total_tokens": LONG + 24}
+    pieces = llm.create_completion(long_prompt, max_tokens=24, temperature=0, stream=True)
+    assert "".join(p["choices"][0]["text"] for p in pieces) == whole["choices"][0]["text"]
+    assert llm(long_prompt, max_tokens=24, temperature=0)["choices"][0]["text"] == whole["choices"][0]["text"]
+
+
+def test_generate_yields_the_same_tokens(llm, long_prompt):
+    tokens = llm.tokenize(long_prompt.encode(), add_bos=False)
+    generated = []
+    for token in llm.generate(tokens, temp=0.0):
+        generated.append(token)
+        if len(generated) == 24:
+            break
+    wanted = llm.create_completion(long_prompt, max_tokens=24, temperature=0)["choices"][0]["text"]
+    assert llm.detokenize(generated).decode() == wanted
+
+
+def test_chat_completion(llm, long_prompt):
+    answer = llm.create_chat_completion(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": long_prompt}],
+        max_tokens=8,
+        temperature=0,
+    )
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["usage"]["prompt_tokens"] > LONG
+    stream = llm.create_chat_completion(
+        [{"role": "user", "content": long_prompt}], max_tokens=8, temperature=0, stream=True
+    )
+    assert sum(1 for _ in stream) > 1
+
+
+def test_grammar_and_json_schema(llm, long_prompt):
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)
+    answer = llm.create_completion(long_prompt, max_tokens=8, grammar=grammar, temperature=0)
+    assert answer["choices"][0]["text"] in ("yes", "no")
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    answer = llm.create_chat_completion(
+        [{"role": "user", "content": long_prompt}],
+        response_format={"type": "json_object", "schema": schema},
+        max_tokens=200,
+        temperature=0,
+    )
+    content = answer["choices"][0]["message"]["content"]
+    assert answer["choices"][0]["finish_reason"] == "length" or isinstance(json.loads(content)["n"], int)
+    assert content.lstrip().startswith("{")
+
+
+def test_logprobs(long_prompt):
+    llm = Llama(str(TINY_MODEL), n_ctx=2048, logits_all=True, verbose=False)
+    answer = llm.create_completion(long_prompt, max_tokens=5, logprobs=3, temperature=0)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == 5
+    assert all(
+        max(top.values()) == pytest.approx(p)
+        for top, p in zip(logprobs["top_logprobs"], logprobs["token_logprobs"], strict=True)
+    )
+
+
+def test_draft_model_gives_the_same_text(llm, long_prompt):
+    """Speculative decoding rolls back rejected tokens, also across a rewrite."""
+    wanted = llm.create_completion(long_prompt, max_tokens=120, temperature=0)["choices"][0]["text"]
+    drafting = Llama(
+        str(TINY_MODEL), n_ctx=2048, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=8), verbose=False
+    )
+    assert drafting.create_completion(long_prompt, max_tokens=120, temperature=0)["choices"][0]["text"] == wanted
+
+
+def test_scores_are_not_kept_for_the_whole_context(llm):
+    assert llm.scores.shape[0] <= llm.n_batch
+
+
+def test_default_flash_attention_is_automatic_but_off_for_f32():
+    automatic, off = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    assert Llama(str(TINY_MODEL), n_ctx=512, verbose=False).context_params.flash_attn_type == automatic
+    assert Llama(str(TINY_MODEL), n_ctx=512, verbose=False, **F32).context_params.flash_attn_type == off
+    assert Llama(str(TINY_MODEL), n_ctx=512, verbose=False, flash_attn=False).context_params.flash_attn_type == off
+
+
+def test_pickling_keeps_the_parameters():
+    llm = Llama(str(TINY_MODEL), n_ctx=1024, group_size=50, neighbor_window=40, verbose=False)
+    copy = pickle.loads(pickle.dumps(llm))
+    assert copy.self_extend == llm.self_extend
+    assert copy.context_params.flash_attn_type == llm.context_params.flash_attn_type
+    tokens = random_tokens(700)
+    llm.eval(tokens)
+    copy.eval(tokens)
+    assert np.array_equal(copy.key_positions, llm.key_positions)
+
+
+def test_progress_is_reported():
+    llm = Llama(str(TINY_MODEL), n_ctx=1024, verbose=False)
+    seen = []
+    llm.progress = lambda done, total: seen.append((done, total))
+    llm.eval(random_tokens(600))
+    # 256 tokens within the trained context, then steps of n_batch = 64, the rest last.
+    assert seen == [(n, 600) for n in (256, 320, 384, 448, 512, 576, 600)]
+
+
+def test_rewrites_are_few():
+    llm = Llama(str(TINY_MODEL), n_ctx=4096, verbose=False)
+    llm.eval(random_tokens(4000))
+    stats = llm.rewrite_stats
+    assert 0 < stats.n_rows < 5 * 4000  # each key a few times, not once per step
+    assert stats.seconds > 0
+
+
+# ---- rollback ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["norm-32", "neox-64"])
+def test_rollback_to_any_length_equals_a_fresh_run_without_reading_the_prefix_again(model, name):
+    path = str(model(name))
+    n = 900
+    tokens = random_tokens(n)
+    llm = Llama(path, n_ctx=1024, logits_all=True, verbose=False, **F32)
+    fresh = Llama(path, n_ctx=1024, logits_all=True, verbose=False, **F32)
+    rng = np.random.default_rng(0)
+    llm.eval(tokens)
+    decoded = []
+    decode = llm._ctx.decode
+    llm._ctx.decode = lambda batch: (decoded.append(batch.n_tokens()), decode(batch))
+    for keep in [*rng.integers(1, n, 8).tolist(), 1, n - 1, 20]:
+        more = random_tokens(60, seed=keep)
+        decoded.clear()
+        llm.n_tokens = keep
+        llm.eval(more)
+        assert sum(decoded) == 60
+        # A fresh run with the same steps: the prefix, then the new tokens.
+        fresh.reset()
+        fresh.eval(tokens[:keep])
+        fresh.eval(more)
+        assert relative_error(llm.scores[keep : keep + 60], fresh.scores[keep : keep + 60]) < 1e-3
+        assert np.array_equal(llm.key_positions, fresh.key_positions)
+        # Back to the long text for the next round.
+        llm.n_tokens = keep
+        llm.eval(tokens[keep:])
+
+
+def test_a_prompt_that_shares_a_prefix_is_not_read_again(llm, long_prompt):
+    llm.reset()
+    llm.create_completion(long_prompt, max_tokens=4, temperature=0)
+    seen = []
+    llm.progress = lambda done, total: seen.append(total)
+    llm.create_completion(long_prompt[:1000] + "And Peter said", max_tokens=1, temperature=0)
+    llm.progress = None
+    assert seen[0] == len("And Peter said")
+
+
+# ---- states --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["norm-32", "neox-64"])
+def test_a_state_restored_in_a_fresh_context_continues_alike(model, name):
+    path = str(model(name))
+    tokens, more = random_tokens(700), random_tokens(80, seed=1)
+    first = Llama(path, n_ctx=1024, logits_all=True, verbose=False, **F32)
+    first.eval(tokens)
+    state = pickle.loads(pickle.dumps(first.save_state()))
+    second = Llama(path, n_ctx=1024, logits_all=True, verbose=False, **F32)
+    second.load_state(state)
+    assert np.array_equal(second.key_positions, first.key_positions)
+    first.eval(more)
+    second.eval(more)
+    assert relative_error(second.scores[700:780], first.scores[700:780]) < 1e-4
+    # And after going back into the grouped part.
+    for llm in (first, second):
+        llm.n_tokens = 300
+        llm.eval(more)
+    assert relative_error(second.scores[300:380], first.scores[300:380]) < 1e-4
+
+
+def test_a_state_of_plain_llama_cpp_can_be_continued(model):
+    path, tokens = str(model("norm-32")), random_tokens(60)
+    plain = llama_cpp.Llama(path, n_ctx=1024, logits_all=True, verbose=False, **F32)
+    plain.eval(tokens)
+    llm = Llama(path, n_ctx=1024, logits_all=True, verbose=False, **F32)
+    llm.load_state(plain.save_state())
+    llm.eval(random_tokens(300, seed=1))
+    fresh = Llama(path, n_ctx=1024, logits_all=True, verbose=False, **F32)
+    fresh.eval(tokens)
+    fresh.eval(random_tokens(300, seed=1))
+    assert relative_error(llm.scores[60:360], fresh.scores[60:360]) < 1e-4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "positions", "too long"])
+def test_a_damaged_state_is_refused_and_leaves_an_empty_cache(damage):
+    llm = Llama(str(TINY_MODEL), n_ctx=1024, verbose=False)
+    llm.eval(random_tokens(500))
+    state = llm.save_state()
+    if damage == "truncated":
+        state.llama_state = state.llama_state[:-100]
+    elif damage == "garbage":
+        state.llama_state = bytes(len(state.llama_state))
+    elif damage == "positions":
+        state.key_positions = state.key_positions[:-1]
+    else:
+        state.n_tokens = 5000
+    with pytest.raises(StateError, match="cannot be restored"):
+        llm.load_state(state)
+    assert llm.n_tokens == 0
+    llm.eval(random_tokens(500))  # still works
+
+
+def test_grouped_keys_are_refused_by_a_context_within_the_trained_one():
+    long = Llama(str(TINY_MODEL), n_ctx=1024, schedule="paper", verbose=False)
+    long.eval(random_tokens(200))
+    short = Llama(str(TINY_MODEL), n_ctx=256, verbose=False)
+    with pytest.raises(StateError, match="grouped keys"):
+        short.load_state(long.save_state())
+
+
+# ---- errors --------------------------------------------------------------------------------------------------
+
+
+def test_unknown_arguments_are_an_error():
+    with pytest.raises(ConfigError, match="unknown argument: grp_attn_n"):
+        Llama(str(TINY_MODEL), n_ctx=512, grp_attn_n=4)
+
+
+def test_too_many_tokens_are_refused_before_anything_is_read():
+    llm = Llama(str(TINY_MODEL), n_ctx=512, verbose=False)
+    llm.eval(random_tokens(500))
+    with pytest.raises(ContextFullError, match=r"Requested tokens \(600\) exceed context window of 512"):
+        llm.eval(random_tokens(100))
+    assert llm.n_tokens == 500
+    with pytest.raises(ValueError, match=r"Requested tokens \(600\) exceed context window of 512"):
+        llm.create_completion("x" * 600)
+
+
+def test_a_middle_part_cannot_be_removed():
+    llm = Llama(str(TINY_MODEL), n_ctx=1024, verbose=False)
+    llm.eval(random_tokens(500))
+    with pytest.raises(SelfExtendError, match="middle"):
+        llm._ctx.kv_cache_seq_rm(0, 100, 200)
+    with pytest.raises(SelfExtendError, match="one sequence"):
+        llm._ctx.kv_cache_seq_shift(0, 100, 200, 5)
+
+
+def test_embeddings_beyond_the_trained_context_are_refused():
+    with pytest.raises(UnsupportedModelError, match="n_ctx must be at most 256"):
+        Llama(str(TINY_MODEL), n_ctx=1024, embedding=True, verbose=False)
+    assert len(Llama(str(TINY_MODEL), n_ctx=256, embedding=True, verbose=False).embed("hello")) > 0
+
+
+@pytest.mark.parametrize("first", ["llama_cpp", "selfextend_gguf"])
+def test_one_copy_of_llama_cpp_is_loaded(first):
+    """Whatever is imported first. Counted in the process's own list of mapped files."""
+    if sys.platform == "darwin":
+        count = (
+            "d = ctypes.CDLL(None); d._dyld_get_image_name.restype = ctypes.c_char_p\n"
+            "files = {d._dyld_get_image_name(i).decode() for i in range(d._dyld_image_count())}\n"
+        )
+    else:
+        count = "files = {line.split()[-1] for line in open('/proc/self/maps') if '/' in line}\n"
+    code = (
+        f"import ctypes, {first}, llama_cpp, selfextend_gguf\n{count}"
+        "for name in ('libllama.', 'libggml.', 'libggml-base.', 'libggml-cpu.', 'libselfextend.'):\n"
+        "    print(name, sum(name in f for f in files))\n"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert [line.split()[1] for line in output.splitlines()] == ["1"] * 5
+
+
+def test_another_llama_cpp_python_version_is_refused():
+    from selfextend_gguf._native import check_version
+    from selfextend_gguf.errors import NativeLibraryError
+
+    check_version("0.3.36", "0.3.36")
+    with pytest.raises(
+        NativeLibraryError, match=r"compiled against llama-cpp-python 0\.3\.36, but 0\.3\.40 is installed"
+    ):
+        check_version("0.3.36", "0.3.40")

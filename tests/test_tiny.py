@@ -1,0 +1,162 @@
+"""The tiny models: their data, their file, their training, and what the bundled one can do."""
+
+from __future__ import annotations
+
+import llama_cpp
+import numpy as np
+import pytest
+from helpers import F16
+
+from selfextend_gguf import Llama
+from selfextend_gguf.models import DEMO_TEXT, TINY_MODEL
+from selfextend_gguf.tiny import data
+from selfextend_gguf.tiny.evaluate import (
+    losses_in_fresh_windows,
+    losses_of_group_attention_loop,
+    losses_read_at_once,
+    retrieval,
+    retrieval_tasks,
+)
+from selfextend_gguf.tiny.model_file import LlamaShape
+
+
+def test_batches_have_one_weight_for_each_predicted_token(heldout_text):
+    text = np.frombuffer(heldout_text.encode(), np.uint8)
+    words = data.vocabulary_words(text)
+    rng = np.random.default_rng(0)
+    for tokens, weights in (
+        data.text_batch(rng, text, 4, 100),
+        data.copy_batch(rng, text, 4, 100),
+        data.retrieval_batch(rng, text, words, 16, 256),
+    ):
+        assert tokens.shape == (weights.shape[0], weights.shape[1] + 1)
+        assert tokens.min() >= 0
+        assert tokens.max() < 256
+
+
+def test_retrieval_rows_weigh_the_answer_and_not_the_fact(heldout_text):
+    text = np.frombuffer(heldout_text.encode(), np.uint8)
+    tokens, weights = data.retrieval_batch(np.random.default_rng(1), text, ["oak"], 8, 256)
+    for row, weight in zip(tokens, weights, strict=True):
+        heavy = bytes(row[1:][weight == weight.max()].astype(np.uint8))
+        assert heavy.isdigit()
+        unforeseeable = bytes(row[1:][weight == 0].astype(np.uint8))
+        assert unforeseeable.isdigit()
+        assert bytes(row.astype(np.uint8)).count(heavy[:3]) >= 2
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.05, 0.5, 1.0])
+def test_a_key_task_hides_its_key_where_asked(heldout_text, depth):
+    task = data.key_task(np.random.default_rng(2), heldout_text, 1000, depth)
+    assert len(task.prompt) == 1000
+    assert task.prompt.count(task.answer) == 1
+    assert abs(task.prompt.index(task.answer) / 1000 - depth) < 0.12
+    assert task.prompt.endswith(" key is ")
+
+
+def test_a_key_task_needs_room(heldout_text):
+    with pytest.raises(ValueError, match="no room"):
+        data.key_task(np.random.default_rng(2), heldout_text, 40, 0.5)
+
+
+def test_every_byte_survives_the_vocabulary():
+    llm = Llama(str(TINY_MODEL), n_ctx=256, verbose=False)
+    text = bytes(b for b in range(1, 256))
+    tokens = llm.tokenize(text, add_bos=False)
+    # Bytes 1 and 2 are joined in the vocabulary's only merge, which keeps llama.cpp's tokenizer content.
+    assert llm.detokenize(tokens) == text
+    ascii_text = b"And it came to pass, \n\ttabs  and  spaces: 0123456789"
+    assert llm.tokenize(ascii_text, add_bos=False) == list(ascii_text)
+
+
+def test_demo_text_was_not_trained_on(heldout_text):
+    assert DEMO_TEXT.read_text(encoding="ascii") in heldout_text
+
+
+def test_training_learns(tmp_path, heldout_text):
+    """A few steps of the real trainer, through the real file format into llama.cpp."""
+    torch = pytest.importorskip("torch", reason="training needs the extra [train]")
+    from selfextend_gguf.tiny.model_file import write_llama
+    from selfextend_gguf.tiny.train import Stage, train
+
+    text = np.frombuffer(heldout_text.encode(), np.uint8)
+    shape = LlamaShape(n_ctx_train=64, n_layer=2, n_embd=64, n_head=2, n_head_kv=1, n_ff=96)
+    lines: list[str] = []
+    stages = [Stage("text", 25, 64, (8, 0, 0)), Stage("retrieval", 5, 192, (2, 2, 2))]
+    model = train(text[:-20000], text[-20000:], shape, stages, log_every=10, log=lines.append)
+    losses = [float(line.split(" loss ")[1].split()[0]) for line in lines if " loss " in line]
+    assert losses[1] < losses[0] < np.log(256)
+    path = tmp_path / "trained.gguf"
+    write_llama(path, shape, model.gguf_tensors())
+    tokens = list(heldout_text[:64].encode())
+    llm = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, type_k=0, type_v=0)
+    llm.eval(tokens)
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokens]))[0].numpy()
+    assert np.abs(llm.scores[:64] - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+# ---- the bundled model ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """The bundled model in F16 and Q4_0, made by llama.cpp's own quantiser."""
+    folder = tmp_path_factory.mktemp("quantised")
+    kinds = {"F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
+    paths = {"Q8_0": TINY_MODEL}
+    for name, kind in kinds.items():
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = kind
+        params.allow_requantize = True
+        paths[name] = folder / f"tiny.{name}.gguf"
+        assert llama_cpp.llama_model_quantize(str(TINY_MODEL).encode(), str(paths[name]).encode(), params) == 0
+    return paths
+
+
+@pytest.mark.parametrize("n_tokens", [256, 1024, 2048, 4096])
+def test_key_retrieval_with_automatic_parameters(heldout_text, n_tokens):
+    """40 keys a length at depths from 5 % to 95 %, greedy."""
+    llm = Llama(str(TINY_MODEL), n_ctx=n_tokens + 64, verbose=False)
+    assert retrieval(llm, retrieval_tasks(heldout_text, n_tokens, 40)) >= 0.98
+
+
+def test_plain_llama_cpp_finds_nothing(heldout_text):
+    llm = llama_cpp.Llama(str(TINY_MODEL), n_ctx=1280, verbose=False)
+    assert retrieval(llm, retrieval_tasks(heldout_text, 1024, 40)) <= 0.05
+
+
+@pytest.mark.parametrize("name", ["F16", "Q4_0"])
+def test_other_quantisations_find_keys_too(quantised, heldout_text, name):
+    llm = Llama(str(quantised[name]), n_ctx=1100, verbose=False)
+    assert retrieval(llm, retrieval_tasks(heldout_text, 1024, 20)) >= 0.9
+
+
+@pytest.mark.parametrize("n_tokens", [512, 2048, 4096])
+def test_perplexity_stays_at_the_texts_own_difficulty(heldout_text, n_tokens):
+    tokens = list(heldout_text[5000 : 5000 + n_tokens].encode())
+    extended = Llama(str(TINY_MODEL), n_ctx=n_tokens, logits_all=True, verbose=False)
+    window = llama_cpp.Llama(str(TINY_MODEL), n_ctx=512, logits_all=True, verbose=False, **F16)
+    late = slice(n_tokens // 2, None)
+    ours = losses_read_at_once(extended, tokens)[late].mean()
+    fresh = losses_in_fresh_windows(window, tokens, 256)[late].mean()
+    assert np.exp(ours - fresh) < 1.15
+    assert extended.rewrite_stats.n_rewrites > 0
+
+
+def test_fresh_windows_give_every_token_its_context(heldout_text):
+    """Within one window they are a single reading; later ones see 128 to 255 tokens before each token."""
+    llm = llama_cpp.Llama(str(TINY_MODEL), n_ctx=1024, logits_all=True, verbose=False, **F16)
+    tokens = list(heldout_text[:400].encode())
+    windows = losses_in_fresh_windows(llm, tokens, 256)
+    assert windows.shape == (399,)
+    assert np.allclose(windows[:255], losses_read_at_once(llm, tokens[:256]), atol=1e-4)
+    alone = losses_read_at_once(llm, tokens[128:385])
+    assert np.allclose(windows[256:384], alone[128:256], atol=1e-4)
+
+
+def test_the_group_attention_loop_is_plain_until_it_starts(heldout_text):
+    tokens = list(heldout_text[:600].encode())
+    plain = llama_cpp.Llama(str(TINY_MODEL), n_ctx=768, logits_all=True, verbose=False, **F16)
+    loop = losses_of_group_attention_loop(str(TINY_MODEL), tokens, group_size=4, window=128)
+    assert np.allclose(loop[:127], losses_read_at_once(plain, tokens)[:127], atol=0.05)
