@@ -67,6 +67,27 @@ int32_t sx_schedule_boundary(const struct sx_params * p, int32_t n_cached, int32
     return SX_OK;
 }
 
+int32_t sx_schedule_step(const struct sx_params * p, int32_t n_cached, int32_t n_new, int32_t * n_step) {
+    if (n_new < 1 || n_new > INT32_MAX - n_cached) {
+        return sx_fail(SX_ERR_ARGUMENT, "a step needs at least one new token, not %d", n_new);
+    }
+    int32_t g = 0;
+    const int32_t status = sx_schedule_boundary(p, n_cached, n_cached + 1, &g);
+    if (status != SX_OK) {
+        return status;
+    }
+    int64_t end;  // the boundary is g for every single token up to here
+    if (p->schedule == SX_SCHEDULE_PAPER) {
+        end = (int64_t) g + p->block_size + p->neighbor_window;
+    } else if (n_cached < p->n_ctx_train) {
+        end = p->n_ctx_train;
+    } else {
+        end = p->max_distance + shift_of(g, p->group_size);
+    }
+    *n_step = end - n_cached < n_new ? (int32_t) (end - n_cached) : n_new;
+    return SX_OK;
+}
+
 int32_t sx_schedule_positions(const struct sx_params * p, int32_t n_cached, int32_t n_total, int32_t * positions) {
     int32_t g = 0;
     const int32_t status = sx_schedule_boundary(p, n_cached, n_total, &g);

@@ -22,7 +22,8 @@
  *   struct llama_context * ctx = llama_init_from_model(model, cparams);
  *   if (sx_engine_attach(engine, ctx) != SX_OK) { puts(sx_last_error()); ... }
  *
- *   // before every decode of tokens [n_cached, n_total):
+ *   // for the n_new tokens to come after n_cached, until none is left:
+ *   sx_schedule_step(&params, n_cached, n_new, &n_step);               // n_total = n_cached + n_step
  *   sx_schedule_positions(&params, n_cached, n_total, positions);      // plan: integers only
  *   sx_engine_set_key_positions(engine, positions, n_cached);          // apply: rotates the changed keys
  *   sx_engine_decode(engine, batch);                                   // run
@@ -103,6 +104,14 @@ SX_API int32_t sx_schedule_boundary(
  */
 SX_API int32_t sx_schedule_positions(
         const struct sx_params * params, int32_t n_cached, int32_t n_total, int32_t * positions);
+
+/*
+ * How many of n_new tokens to decode in the next step after n_cached: up to where the boundary moves, so that every
+ * token is computed under the boundary its own index asks for. Logits then do not depend on how a text is cut.
+ *   SX_OK  *n_step is set, 1 <= *n_step <= n_new; decoding fewer is fine
+ *   otherwise as sx_schedule_boundary; *n_step untouched
+ */
+SX_API int32_t sx_schedule_step(const struct sx_params * params, int32_t n_cached, int32_t n_new, int32_t * n_step);
 
 // A new engine for a context of at most n_ctx tokens; NULL and sx_last_error() on failure.
 SX_API sx_engine * sx_engine_init(int32_t n_ctx);

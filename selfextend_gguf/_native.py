@@ -118,6 +118,8 @@ def _declare(name: str, argtypes: list, restype: type | None) -> None:
 _declare("sx_last_error", [], ctypes.c_char_p)
 # int32_t sx_schedule_positions(const struct sx_params *, int32_t n_cached, int32_t n_total, int32_t * positions);
 _declare("sx_schedule_positions", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
+# int32_t sx_schedule_step(const struct sx_params *, int32_t n_cached, int32_t n_new, int32_t * n_step);
+_declare("sx_schedule_step", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
 # sx_engine * sx_engine_init(int32_t n_ctx);
 _declare("sx_engine_init", [ctypes.c_int32], ctypes.c_void_p)
 # void sx_engine_free(sx_engine *);
@@ -178,6 +180,17 @@ def schedule_positions(config: SelfExtendConfig, n_cached: int, n_total: int) ->
     positions = np.empty(n_cached, np.int32)
     _check(_LIB.sx_schedule_positions(ctypes.byref(_params(config)), n_cached, n_total, _pointer(positions)))
     return positions
+
+
+def schedule_step(config: SelfExtendConfig, n_cached: int, n_new: int) -> int:
+    """How many of `n_new` >= 1 tokens to decode in one step after `n_cached`: up to where the boundary moves.
+
+    Every token is then computed under the boundary its own index asks for, and logits do not depend on how a text
+    is cut into evaluations.
+    """
+    step = ctypes.c_int32()
+    _check(_LIB.sx_schedule_step(ctypes.byref(_params(config)), n_cached, n_new, ctypes.byref(step)))
+    return step.value
 
 
 def watch_interrupts(context: ctypes.c_void_p) -> None:

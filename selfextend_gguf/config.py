@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from selfextend_gguf.errors import ConfigError
@@ -27,7 +28,7 @@ class SelfExtendConfig:
     neighbor_window: int  #: W: latest tokens that always keep their exact distance
     max_distance: int  #: D: no query sees a distance of D or more
     block_size: int  #: the boundary between grouped and exact tokens moves in such steps
-    n_batch: int  #: most tokens decoded in one step beyond the trained context
+    n_batch: int  #: a step of so many tokens works wherever it starts
 
     @property
     def is_active(self) -> bool:
@@ -40,13 +41,6 @@ class SelfExtendConfig:
         return _reach(
             self.schedule, self.max_distance, self.neighbor_window, self.n_batch, self.block_size, self.group_size
         )
-
-    def step_size(self, n_cached: int, n_new: int) -> int:
-        """How many of `n_new` tokens to decode next after `n_cached`: the text within the trained context
-        first, then steps of `n_batch`. Callers cap it with llama.cpp's own batch size."""
-        if n_cached + n_new <= self.n_ctx_train or n_new <= self.n_batch:
-            return n_new
-        return max(self.n_ctx_train - n_cached, self.n_batch)
 
     def __str__(self) -> str:
         if not self.is_active:
@@ -64,7 +58,7 @@ class SelfExtendConfig:
             f"{start}, older tokens share key positions in groups of {self.group_size}, "
             f"at least the latest {self.neighbor_window} keep their exact distance, "
             f"and no distance reaches {self.max_distance} (schedule {self.schedule}, "
-            f"block {self.block_size}, {self.n_batch} tokens a step)."
+            f"block {self.block_size})."
         )
 
 
@@ -88,19 +82,13 @@ def _reach(schedule: str, max_distance: int, window: int, n_batch: int, block: i
     return max_distance + (group_size - 1) * slack
 
 
-def _smallest_group_size(schedule: str, n_ctx: int, max_distance: int, slack: int) -> int:
-    exact = max_distance - slack
-    needed = -(-(n_ctx - exact) // slack) if schedule == "paper" else 1 + -(-(n_ctx - max_distance) // slack)
-    return max(2, needed)
-
-
 def _whole_tiles(free: int) -> int:
-    """Tokens of a step: a third of the free positions, rounded to what llama.cpp's CPU flash attention computes
-    in tiles of 64 queries (fewer at once take a path that is several times slower)."""
-    third = max(1, free // 3)
-    if third > _TILE:
-        return third // _TILE * _TILE
-    return _TILE if free >= 2.5 * _TILE else third
+    """Tokens between two moves of the boundary: a sixth of the free positions, in the tiles of 64 queries that
+    llama.cpp's CPU flash attention computes at once (fewer take a path that is several times slower)."""
+    sixth = max(1, free // 6)
+    if sixth > _TILE:
+        return sixth // _TILE * _TILE
+    return _TILE if free >= 2.5 * _TILE else sixth
 
 
 def _check_range(name: str, value: int, low: int, high: int, why: str) -> None:
@@ -119,13 +107,12 @@ def plan(
     max_distance: int | None = None,
     block_size: int | None = None,
     schedule: str | None = None,
-    n_batch: int | None = None,
 ) -> SelfExtendConfig:
     """Resolve the parameters for reading `n_ctx` tokens with a model trained on `n_ctx_train`.
 
-    None = automatic: distances below the trained context, a quarter of them for the neighbor window, a third
-    of the rest for the tokens of one step (whole tiles of 64; at most `n_batch`, default 512), a sixth for the
-    block, and the smallest group size that reaches `n_ctx` with these.
+    None = automatic: distances below the trained context, a quarter of them for the neighbor window, a sixth of
+    the rest for the tokens between two moves of the boundary, and the smallest group size that reaches `n_ctx`
+    with these.
 
     Raises ConfigError for values out of range, and for a combination that cannot reach `n_ctx`; the message
     names the smallest change that would.
@@ -148,35 +135,39 @@ def plan(
         # Two positions must be left: one for a new token, one for the grouped keys.
         _check_range("neighbor_window", neighbor_window, 1, distance - 2, trained)
     window = distance // 4 if neighbor_window is None else neighbor_window
-    if n_batch is not None:
-        _check_range("n_batch", n_batch, 1, 2**30, "")
     free = distance - window
-    step = min(512 if n_batch is None else n_batch, _whole_tiles(free))
+    step = min(512, max(1, free // 6))
     if block_size is not None:
         _check_range("block_size", block_size, 1, free - step, f" with a neighbor window of {window}")
-    block = max(1, free // 6) if block_size is None else block_size
+
+    def block_for(size: int) -> int:
+        if block_size is not None:
+            return block_size
+        tiles = _whole_tiles(free)
+        # Moving the boundary by one block makes room for block - block//size tokens: as many as whole tiles.
+        return tiles if schedule == "paper" else min(tiles + -(-tiles // (size - 1)), free - step)
 
     if n_ctx <= n_ctx_train:
-        return SelfExtendConfig(n_ctx_train, n_ctx, schedule, 1, window, distance, block, step)
+        return SelfExtendConfig(n_ctx_train, n_ctx, schedule, 1, window, distance, block_for(largest), step)
 
-    slack = _slack(distance, window, step, block)
-    needed = _smallest_group_size(schedule, n_ctx, distance, slack)
-    size = needed if group_size is None else group_size
+    def reach(size: int) -> int:
+        return _reach(schedule, distance, window, step, block_for(size), size) if size > 1 else n_ctx_train
+
+    needed = 2 + bisect_left(range(2, largest + 1), n_ctx, key=reach)
     if needed > largest:
-        longest = _reach(schedule, distance, window, step, block, largest)
         raise ConfigError(
             f"{n_ctx} tokens are beyond the reach of Self-Extend for a trained context of {n_ctx_train}: even with the "
-            f"largest group size ({largest}) a neighbor window of {window} reaches {longest}; "
-            f"ask for at most {longest} tokens"
+            f"largest group size ({largest}) a neighbor window of {window} reaches {reach(largest)}; "
+            f"ask for at most {reach(largest)} tokens"
             + (" or a smaller neighbor window" if neighbor_window is not None else "")
         )
+    size = needed if group_size is None else group_size
     if size < needed:
-        longest = _reach(schedule, distance, window, step, block, size) if size > 1 else n_ctx_train
         raise ConfigError(
-            f"group size {size} with a neighbor window of {window} reaches {longest} tokens, not {n_ctx}: "
-            f"take a group size of at least {needed}, or at most {longest} tokens"
+            f"group size {size} with a neighbor window of {window} reaches {reach(size)} tokens, not {n_ctx}: "
+            f"take a group size of at least {needed}, or at most {reach(size)} tokens"
         )
-    return SelfExtendConfig(n_ctx_train, n_ctx, schedule, size, window, distance, block, step)
+    return SelfExtendConfig(n_ctx_train, n_ctx, schedule, size, window, distance, block_for(size), step)
 
 
 def largest_group_size(n_ctx_train: int) -> int:
@@ -184,8 +175,7 @@ def largest_group_size(n_ctx_train: int) -> int:
     return max(n_ctx_train, _SMALLEST_LIMIT)
 
 
-def longest_context(n_ctx_train: int, *, schedule: str | None = None, neighbor_window: int | None = None) -> int:
+def longest_context(n_ctx_train: int) -> int:
     """Longest text that automatic parameters reach for a trained context, in tokens."""
-    base = plan(n_ctx_train, n_ctx_train, schedule=schedule, neighbor_window=neighbor_window)
     limit = largest_group_size(n_ctx_train)
-    return _reach(base.schedule, base.max_distance, base.neighbor_window, base.n_batch, base.block_size, limit)
+    return plan(n_ctx_train, n_ctx_train + 1, group_size=limit).longest_context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +13,10 @@ import numpy.typing as npt
 import psutil
 from llama_cpp.llama import LlamaState
 
-from selfextend_gguf._native import EVAL_CALLBACK, Engine, RewriteStats
+from selfextend_gguf._native import EVAL_CALLBACK, Engine, RewriteStats, schedule_step
 from selfextend_gguf.config import SelfExtendConfig, plan
 from selfextend_gguf.context import SelfExtendContext
+from selfextend_gguf.drafting import StepLimitedDraft
 from selfextend_gguf.errors import (
     ConfigError,
     ContextFullError,
@@ -75,6 +77,7 @@ class Llama(llama_cpp.Llama):
             UnsupportedModelError: `n_ctx` is beyond the trained context of a model that cannot be extended.
             NotEnoughMemoryError: the KV cache does not fit the available memory.
         """
+        self._stack = contextlib.ExitStack()  # the parent's destructor closes it, however early we fail
         unknown = sorted(set(kwargs) - _PARENT_ARGUMENTS)
         if unknown:
             raise ConfigError(f"unknown argument{'s' * (len(unknown) > 1)}: {', '.join(unknown)}")
@@ -118,6 +121,9 @@ class Llama(llama_cpp.Llama):
                 self.close()
                 raise
             self._ctx = SelfExtendContext(self._ctx, self._engine, self.self_extend)
+            if self.draft_model is not None:
+                config, n_batch = self.self_extend, self.n_batch
+                self.draft_model = StepLimitedDraft(self.draft_model, lambda n: schedule_step(config, n, n_batch))
 
     # llama_cpp.Llama.__init__ loads the model, then creates the context from `context_params` in one go. The
     # assignment of `_model` is the moment between the two: the trained context is known, the callback can be set.
@@ -138,7 +144,7 @@ class Llama(llama_cpp.Llama):
         n_ctx_train = model.n_ctx_train()
         n_ctx = params.n_ctx or n_ctx_train
         if self._plan_arguments["schedule"] is not None or any(v is not None for v in self._plan_arguments.values()):
-            plan(n_ctx_train, n_ctx, **self._plan_arguments, n_batch=self.n_batch)  # say what is wrong even if unused
+            plan(n_ctx_train, n_ctx, **self._plan_arguments)  # say what is wrong even if unused
         if self.model_params.vocab_only:
             return
         self._check_memory(model, n_ctx)
@@ -148,7 +154,7 @@ class Llama(llama_cpp.Llama):
             raise UnsupportedModelError(
                 f"embeddings are computed within the trained context: n_ctx must be at most {n_ctx_train}, not {n_ctx}"
             )
-        self.self_extend = plan(n_ctx_train, n_ctx, **self._plan_arguments, n_batch=self.n_batch)
+        self.self_extend = plan(n_ctx_train, n_ctx, **self._plan_arguments)
         self._engine = Engine(n_ctx)
         self._stack.callback(self._engine.close)  # after the context: the stack unwinds backwards
         params.cb_eval = EVAL_CALLBACK
@@ -186,7 +192,7 @@ class Llama(llama_cpp.Llama):
         while done < n_new:
             step = min(self.n_batch, n_new - done)
             if self.self_extend is not None:
-                step = min(self.n_batch, self.self_extend.step_size(self.n_tokens, n_new - done))
+                step = schedule_step(self.self_extend, self.n_tokens, step)
             self._eval_step(tokens[done : done + step])
             done += step
             if self.progress is not None:
@@ -257,5 +263,7 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
+        if isinstance(self.draft_model, StepLimitedDraft):
+            state["draft_model"] = self.draft_model.draft_model
         state.update(self._plan_arguments, flash_attn=self._flash_attn, n_ctx=self._wanted_n_ctx)
         return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import pickle
 import subprocess
@@ -15,6 +16,7 @@ from helpers import F16, F32, random_tokens, relative_error
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from selfextend_gguf import Llama, SelfExtendError
+from selfextend_gguf._native import schedule_step
 from selfextend_gguf.errors import ConfigError, ContextFullError, StateError, UnsupportedModelError
 from selfextend_gguf.models import TINY_MODEL
 
@@ -149,8 +151,12 @@ def test_progress_is_reported():
     seen = []
     llm.progress = lambda done, total: seen.append((done, total))
     llm.eval(random_tokens(600))
-    # 256 tokens within the trained context, then steps of n_batch = 64, the rest last.
-    assert seen == [(n, 600) for n in (256, 320, 384, 448, 512, 576, 600)]
+    # 256 tokens within the trained context, then up to each move of the boundary, the rest last.
+    done = [256]
+    while done[-1] < 600:
+        done.append(done[-1] + schedule_step(llm.self_extend, done[-1], 600 - done[-1]))
+    assert seen == [(n, 600) for n in done]
+    assert all(64 <= b - a < 80 for a, b in itertools.pairwise(done[:-1]))  # at least a tile of 64
 
 
 def test_rewrites_are_few():
@@ -182,10 +188,8 @@ def test_rollback_to_any_length_equals_a_fresh_run_without_reading_the_prefix_ag
         llm.n_tokens = keep
         llm.eval(more)
         assert sum(decoded) == 60
-        # A fresh run with the same steps: the prefix, then the new tokens.
         fresh.reset()
-        fresh.eval(tokens[:keep])
-        fresh.eval(more)
+        fresh.eval(tokens[:keep] + more)
         assert relative_error(llm.scores[keep : keep + 60], fresh.scores[keep : keep + 60]) < 1e-3
         assert np.array_equal(llm.key_positions, fresh.key_positions)
         # Back to the long text for the next round.
@@ -234,8 +238,7 @@ def test_a_state_of_plain_llama_cpp_can_be_continued(model):
     llm.load_state(plain.save_state())
     llm.eval(random_tokens(300, seed=1))
     fresh = Llama(path, n_ctx=1024, logits_all=True, verbose=False, **F32)
-    fresh.eval(tokens)
-    fresh.eval(random_tokens(300, seed=1))
+    fresh.eval(tokens + random_tokens(300, seed=1))
     assert relative_error(llm.scores[60:360], fresh.scores[60:360]) < 1e-4
 
 
@@ -261,6 +264,7 @@ def test_a_damaged_state_is_refused_and_leaves_an_empty_cache(damage):
 def test_grouped_keys_are_refused_by_a_context_within_the_trained_one():
     long = Llama(str(TINY_MODEL), n_ctx=1024, schedule="paper", verbose=False)
     long.eval(random_tokens(200))
+    long.eval(random_tokens(20))  # beyond the window of 64 and a block, the paper groups
     short = Llama(str(TINY_MODEL), n_ctx=256, verbose=False)
     with pytest.raises(StateError, match="grouped keys"):
         short.load_state(long.save_state())

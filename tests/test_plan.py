@@ -30,7 +30,7 @@ def test_the_config_explains_itself():
     assert str(plan(4096, 16384, group_size=8, neighbor_window=1024)) == (
         "Up to 16384 tokens (4x the trained 4096): beyond 4096 tokens, "
         "older tokens share key positions in groups of 8, at least the latest 1024 keep their exact distance, "
-        "and no distance reaches 4096 (schedule selfextend, block 512, 512 tokens a step)."
+        "and no distance reaches 4096 (schedule selfextend, block 586)."
     )
 
 
@@ -68,7 +68,6 @@ def test_beyond_the_reach_of_the_method():
         ({"neighbor_window": 0}, "neighbor_window must be between"),
         ({"max_distance": 257}, "max_distance must be between 8 and 256"),
         ({"block_size": 0}, "block_size must be between"),
-        ({"n_batch": 0}, "n_batch must be between"),
         ({"schedule": "yarn"}, "unknown schedule 'yarn'; choose from selfextend, paper"),
     ],
 )

@@ -7,21 +7,17 @@ import pytest
 from helpers import F16, F32, SHAPES, random_tokens, relative_error
 
 from selfextend_gguf import Llama, plan, schedule_positions
+from selfextend_gguf._native import schedule_step
 from selfextend_gguf.reference import Reference
 
 MODELS = [*SHAPES, "bundled"]
 
 
-def steps_of(llm: Llama, n: int, sizes: list[int]) -> list[int]:
-    """How `eval` decodes calls of `sizes` tokens: the steps between two applications of the schedule."""
-    steps, at = [], 0
-    for size in sizes:
-        end = min(at + size, n)
-        while at < end:
-            step = min(llm.n_batch, llm.self_extend.step_size(at, end - at))
-            steps.append(step)
-            at += step
-    assert sum(steps) == n
+def steps_of(llm: Llama, n: int) -> list[int]:
+    """The steps `eval` decodes n tokens in, if not asked for smaller ones."""
+    steps = []
+    while sum(steps) < n:
+        steps.append(schedule_step(llm.self_extend, sum(steps), min(llm.n_batch, n - sum(steps))))
     return steps
 
 
@@ -34,7 +30,7 @@ def test_logits_equal_the_reference_at_eight_times_the_trained_context(model, na
     tokens = random_tokens(n)
     llm = Llama(str(path), n_ctx=n, schedule=schedule, logits_all=True, verbose=False, **F32)
     llm.eval(tokens)
-    wanted = reference.logits(tokens, steps_of(llm, n, [n]), llm.self_extend)
+    wanted = reference.logits(tokens, steps_of(llm, n), llm.self_extend)
     assert relative_error(llm.scores[:n], wanted) < 1e-4
     # The comparison means something only if keys moved and moving them matters.
     assert llm.rewrite_stats.n_rewrites > 5
@@ -44,6 +40,7 @@ def test_logits_equal_the_reference_at_eight_times_the_trained_context(model, na
 
 @pytest.mark.parametrize("name", MODELS)
 def test_any_chunking_and_pinned_parameters(model, name):
+    """Cut at random, the text gets the logits of the uncut one: a token's keys depend on its index alone."""
     path = model(name)
     reference = Reference(path)
     train = reference.n_ctx_train
@@ -68,7 +65,7 @@ def test_any_chunking_and_pinned_parameters(model, name):
         at += size
         if at >= n:
             break
-    wanted = reference.logits(tokens, steps_of(llm, n, sizes), llm.self_extend)
+    wanted = reference.logits(tokens, steps_of(llm, n), llm.self_extend)
     assert relative_error(llm.scores[:n], wanted) < 1e-4
 
 
@@ -148,7 +145,7 @@ def test_paper_attention_differs_by_the_window_rounding_only(model):
     The two differ by at most one position, because q//G - W//G and (q - W)//G round differently.
     """
     size, window = 4, 24
-    config = plan(96, 300, group_size=size, neighbor_window=window, block_size=1, schedule="paper", n_batch=1)
+    config = plan(96, 300, group_size=size, neighbor_window=window, block_size=1, schedule="paper")
     for q in range(window + 1, 300):
         ours = q - schedule_positions(config, q, q + 1)
         k = np.arange(q)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfextend_gguf import plan, schedule_positions
+from selfextend_gguf._native import schedule_step
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.schedule import schedule_positions_numpy
 
@@ -18,7 +19,7 @@ def test_positions_by_hand():
     # L = D = 32, W = 8, G = 4, block 4; 40 tokens are cached, 4 more come: n0 = 40, n1 = 44.
     # The oldest key must move up by at least n1 - D = 12. g - g//4 >= 12 first holds at g = 15 (15 - 3 = 12);
     # the next multiple of the block is g = 16, and 40 - 16 = 24 >= W.
-    config = plan(32, 64, group_size=8, neighbor_window=8, block_size=4, n_batch=4)
+    config = plan(32, 64, group_size=8, neighbor_window=8, block_size=4)
     config = dataclasses.replace(config, group_size=4)
     # P(k) = 16 - 4 + k//4 for k < 16: four times 12, 13, 14, 15; then 16, 17, ... 39.
     wanted = np.r_[np.repeat([12, 13, 14, 15], 4), 16:40]
@@ -28,7 +29,7 @@ def test_positions_by_hand():
 
 def test_paper_positions_by_hand():
     # W = 8, block 4: g = (40 - 8)//4*4 = 32; P(k) = 32 - 32//8 + k//8 = 28 + k//8 for k < 32.
-    config = plan(32, 64, group_size=8, neighbor_window=8, block_size=4, n_batch=4, schedule="paper")
+    config = plan(32, 64, group_size=8, neighbor_window=8, block_size=4, schedule="paper")
     wanted = np.r_[np.repeat([28, 29, 30, 31], 8), 32:40]
     assert np.array_equal(schedule_positions(config, 40, 44), wanted)
 
@@ -70,7 +71,6 @@ def test_every_plan_reaches_what_it_says(data):
         "max_distance": distance,
         "neighbor_window": window,
         "block_size": data.draw(st.none() | st.integers(1, train)),
-        "n_batch": data.draw(st.none() | st.integers(1, 64)),
         "schedule": data.draw(st.sampled_from(["selfextend", "paper"])),
     }
     n_ctx = data.draw(st.integers(train + 1, 30 * train))
@@ -89,6 +89,29 @@ def test_every_plan_reaches_what_it_says(data):
 def test_impossible_counts_are_refused(counts):
     with pytest.raises(ConfigError, match="n_cached <= n_total"):
         schedule_positions(plan(64, 256), *counts)
+
+
+@pytest.mark.parametrize("schedule", ["selfextend", "paper"])
+@pytest.mark.parametrize("arguments", [{}, {"block_size": 5}, {"max_distance": 50, "neighbor_window": 9}])
+def test_a_step_ends_where_the_boundary_moves(schedule, arguments):
+    """Then every token has the boundary that it would have alone, however the text is cut."""
+    config = plan(64, 700, schedule=schedule, **arguments)
+
+    def alone(n: int) -> list[int]:
+        return schedule_positions_numpy(config, n, n + 1).tolist()
+
+    at = 0
+    while at < 700:
+        step = schedule_step(config, at, 700 - at)
+        together = schedule_positions(config, at, at + step).tolist()
+        for i in range(step):
+            assert alone(at + i) == together + list(range(at, at + i))
+        if at + step < 700 and at + step >= 64:
+            assert alone(at + step) != together + list(range(at, at + step))
+        # From the middle of a step, the rest of it.
+        assert schedule_step(config, at + step // 2, 700 - at - step // 2) == step - step // 2
+        assert schedule_step(config, at, 1) == 1
+        at += step
 
 
 def test_a_step_that_is_too_large_is_refused():

@@ -87,7 +87,28 @@ def _random_chunk(rng: np.random.Generator, text: np.ndarray, size: int) -> np.n
 
 
 def copy_batch(rng: np.random.Generator, text: np.ndarray, n_rows: int, length: int) -> Batch:
-    """Rows of one random chunk (8 to 40 symbols) and copies of its parts, fillers between; the copies carry the loss.
+    """Rows of one random chunk (6 to 40 symbols) repeated with fillers between; the repeats carry the loss."""
+    tokens = np.zeros((n_rows, length + 1), np.int64)
+    weights = np.full((n_rows, length), 0.1, np.float32)
+    for row in range(n_rows):
+        chunk = _random_chunk(rng, text, int(rng.integers(6, min(40, length // 3) + 1)))
+        at, first = 0, True
+        while at < length + 1:
+            end = min(at + len(chunk), length + 1)
+            tokens[row, at:end] = chunk[: end - at]
+            # Nothing announces a repeat, so its first two symbols cannot be foreseen.
+            if not first:
+                weights[row, at + 1 : end - 1] = 1.0
+            first, at = False, end
+            filler = _random_chunk(rng, text, int(rng.integers(1, 16)))
+            end = min(at + len(filler), length + 1)
+            tokens[row, at:end] = filler[: end - at]
+            at = end
+    return tokens, weights
+
+
+def partial_copy_batch(rng: np.random.Generator, text: np.ndarray, n_rows: int, length: int) -> Batch:
+    """As `copy_batch`, but what is repeated are random parts of the chunk (8 to 40 symbols).
 
     Small alphabets and copies that start anywhere in the chunk make a single symbol ambiguous: what comes next
     must be found by matching several.

@@ -1,9 +1,12 @@
 """Train a tiny byte-level Llama-architecture model and write it as GGUF.
 
-    python -m selfextend_gguf.tiny.train --text train.txt --heldout heldout.txt --out tiny.gguf
+    python -m selfextend_gguf.tiny.train --text train.txt --heldout heldout.txt --out base.gguf
+    python -m selfextend_gguf.tiny.train --text train.txt --heldout heldout.txt --out tiny.gguf \\
+        --recipe sharpen --start base.gguf
 
-Needs the extra `[train]` (PyTorch). Three stages, each a mixture of the sequences in `data.py`:
-text alone, dense copies (induction appears here), then the full context with key retrieval.
+Needs the extra `[train]` (PyTorch). Two recipes, whose stages are mixtures of the sequences in `data.py`: "base"
+trains on text alone, on dense copies (induction appears here), then on the full context with key retrieval;
+"sharpen" makes attention sharp enough for texts of many trained contexts.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -110,17 +114,51 @@ class Stage:
     length: int
     mixture: tuple[int, int, int]
     softest: float = 1.0
+    copies: Callable[..., data.Batch] = data.copy_batch
 
 
-def recipe(context: int, scale: float) -> list[Stage]:
-    """Three stages of about 6144 tokens a step; `scale` stretches the number of steps."""
-    rows = max(4, 6144 // context)
-    third = rows // 3
-    return [
+@dataclass(frozen=True)
+class Recipe:
+    """Stages in order and their optimiser: linear warm-up over `warm_up` steps to `learning_rate`, constant, then
+    linear decay over the last `decay` (a fraction) of all steps."""
+
+    stages: list[Stage]
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    warm_up: int = 100
+    decay: float = 0.4
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..."""
+        left = (self.n_steps - step) / (self.decay * self.n_steps)
+        return self.learning_rate * min(1.0, (step + 1) / self.warm_up, max(0.02, left))
+
+
+def recipes(context: int, scale: float = 1.0) -> dict[str, Recipe]:
+    """Recipes for a trained context, of about 6144 tokens a step; `scale` stretches the number of steps.
+
+    "base" teaches text, copying and, over the full context, key retrieval. "sharpen" starts from a base model and
+    teaches it to do so with soft attention: without it, keys are found within the trained context but fewer and
+    fewer beyond 4 times its length, where the right key competes with ever more others.
+    """
+    rows = max(6, 6144 // context)
+    text, copies, third = round(rows * 0.4), round(rows * 0.2), rows // 3
+    base = [
         Stage("text", round(500 * scale), 96, (64, 0, 0)),
         Stage("copies", round(700 * scale), 96, (14, 50, 0)),
-        Stage("retrieval", round(2600 * scale), context, (third, third, rows - 2 * third), softest=0.5),
+        Stage("retrieval", round(2600 * scale), context, (text, copies, rows - text - copies)),
     ]
+    mixture = (third, third, rows - 2 * third)
+    sharpen = Stage("sharpen", round(1000 * scale), context, mixture, 0.4, data.partial_copy_batch)
+    return {
+        "base": Recipe(base),
+        "sharpen": Recipe([sharpen], learning_rate=1.5e-3, weight_decay=0.01, warm_up=30, decay=1.0),
+    }
 
 
 def make_batch(rng: np.random.Generator, text: np.ndarray, words: list[str], stage: Stage) -> data.Batch:
@@ -129,7 +167,7 @@ def make_batch(rng: np.random.Generator, text: np.ndarray, words: list[str], sta
     if n_text:
         parts.append(data.text_batch(rng, text, n_text, stage.length))
     if n_copy:
-        parts.append(data.copy_batch(rng, text, n_copy, stage.length))
+        parts.append(stage.copies(rng, text, n_copy, stage.length))
     if n_key:
         parts.append(data.retrieval_batch(rng, text, words, n_key, stage.length))
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
@@ -160,40 +198,34 @@ def evaluate(model: TinyLlama, heldout: np.ndarray, context: int) -> str:
 def train(
     text: np.ndarray,
     heldout: np.ndarray,
-    shape: LlamaShape,
-    stages: list[Stage],
+    model: TinyLlama,
+    recipe: Recipe,
     *,
     seed: int = 1,
-    learning_rate: float = 3e-3,
     bf16: bool = False,
     log_every: int = 100,
     log: Callable[[str], None] = print,
-) -> TinyLlama:
-    """Train a model of `shape` on `text` (bytes); returns it. `bf16` rounds the matrix products'
-    inputs to bfloat16 (faster where the CPU has it). `log` gets one line of text at a time.
-    """
-    torch.manual_seed(seed)
+) -> None:
+    """Train `model` in place on `text` (bytes). `bf16` rounds the matrix products' inputs to bfloat16 (faster where
+    the CPU has it). `log` gets one line of text at a time."""
     rng = np.random.default_rng(seed)
     words = data.vocabulary_words(text)
-    model = TinyLlama(shape)
     n_params = sum(p.numel() for p in model.parameters())
-    log(f"{n_params} parameters, {shape}, seed {seed}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    decay = [p for p in model.parameters() if p.dim() == 2]
-    other = [p for p in model.parameters() if p.dim() < 2]
+    log(f"{n_params} parameters, {model.shape}, seed {seed}, torch {torch.__version__}")
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.01}, {"params": other, "weight_decay": 0.0}],
-        lr=learning_rate,
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
     )
-    n_steps, step, began = sum(s.steps for s in stages), 0, time.monotonic()
-    for stage in stages:
+    step, began = 0, time.monotonic()
+    for stage in recipe.stages:
         for _ in range(stage.steps):
-            # Linear warm-up over 100 steps, constant, linear decay to 2 % over the last 40 %.
-            rate = min(1.0, (step + 1) / 100, max(0.02, (n_steps - step) / (0.4 * n_steps)))
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate * rate
+                group["lr"] = recipe.rate(step)
+            softness = float(rng.uniform(stage.softest, 1.0)) if stage.softest < 1 else 1.0
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = loss_of(model, make_batch(rng, text, words, stage), float(rng.uniform(stage.softest, 1.0)))
+                loss = loss_of(model, make_batch(rng, text, words, stage), softness)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -201,15 +233,23 @@ def train(
             step += 1
             if step % log_every == 0:
                 elapsed = time.monotonic() - began
-                log(f"step {step}/{n_steps} {stage.name} loss {loss.item():.3f} {elapsed:.0f} s")
+                log(f"step {step}/{recipe.n_steps} {stage.name} loss {loss.item():.3f} {elapsed:.0f} s")
             if step % (5 * log_every) == 0:
-                log(f"step {step} {evaluate(model, heldout, shape.n_ctx_train)}")
-    log(f"final {evaluate(model, heldout, shape.n_ctx_train)}")
-    return model
+                log(f"step {step} {evaluate(model, heldout, model.shape.n_ctx_train)}")
+    log(f"final {evaluate(model, heldout, model.shape.n_ctx_train)}")
+
+
+def load_weights(model: TinyLlama, path: Path) -> None:
+    """Put the (dequantised) weights of a GGUF file of the same shape into `model`."""
+    reader = gguf.GGUFReader(str(path))
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in tensors.items()})
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", choices=["base", "sharpen"], default="base")
+    parser.add_argument("--start", type=Path, help="GGUF file to start from instead of random weights")
     parser.add_argument("--text", required=True, help="training text")
     parser.add_argument("--heldout", required=True, help="ASCII text that is never trained on")
     parser.add_argument("--out", required=True, type=Path, help="GGUF file to write; the log goes beside it")
@@ -221,24 +261,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    shape = LlamaShape(n_ctx_train=args.context)
+    torch.manual_seed(args.seed)
+    model = TinyLlama(LlamaShape(n_ctx_train=args.context))
+    if args.start is not None:
+        load_weights(model, args.start)
+    text, heldout = data.read_text(args.text), data.read_text(args.heldout)
     with args.out.with_suffix(".log").open("w", encoding="utf-8") as log_file:
 
         def log(line: str) -> None:
             print(line, flush=True)
             print(line, file=log_file, flush=True)
 
-        stages = recipe(args.context, args.scale)
-        model = train(
-            data.read_text(args.text),
-            data.read_text(args.heldout),
-            shape,
-            stages,
-            seed=args.seed,
-            bf16=args.bf16,
-            log=log,
-        )
-    write_llama(args.out, shape, model.gguf_tensors(), weight_type=args.type, name=f"selfextend-tiny-{args.context}")
+        recipe = recipes(args.context, args.scale)[args.recipe]
+        train(text, heldout, model, recipe, seed=args.seed, bf16=args.bf16, log=log)
+    write_llama(
+        args.out, model.shape, model.gguf_tensors(), weight_type=args.type, name=f"selfextend-tiny-{args.context}"
+    )
 
 
 if __name__ == "__main__":
