@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from selfextend_gguf._native import silence_log
 from selfextend_gguf.errors import SelfExtendError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -18,13 +19,16 @@ class ErrorHandlingGroup(click.Group):
     """A group whose commands report expected errors and Ctrl-C without a traceback (unless -v)."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        verbose = "-v" in sys.argv or "--verbose" in sys.argv  # a subcommand's context is gone when it has failed
+        if not verbose:
+            silence_log()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
         except (SelfExtendError, OSError, MemoryError) as error:
-            if "-v" in sys.argv or "--verbose" in sys.argv:  # the subcommand's own context is gone by now
+            if verbose:
                 raise
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 # The interpreter flushes at exit, and would complain about the closed pipe.

@@ -475,7 +475,7 @@ int32_t sx_engine_decode(sx_engine * e, struct llama_batch batch) {
     if (e->fault == 0 && rc != 0) {
         // A failed decode may have kept some micro-batches.
         llama_memory_seq_rm(memory, 0, n_cached, -1);
-        return sx_fail(SX_ERR_DECODE, "llama_decode returned %d", rc);
+        return sx_fail(rc == 2 ? SX_ERR_ABORTED : SX_ERR_DECODE, "llama_decode returned %d", rc);
     }
     for (int l = 0; l < e->n_layers && e->fault == 0; ++l) {
         if (e->next_cell[l] != n_total) {

@@ -23,12 +23,23 @@ static bool is_interrupted(void * unused) {
     return interrupted != 0;
 }
 
+static void drop(enum ggml_log_level level, const char * text, void * unused) {
+    (void) level;
+    (void) text;
+    (void) unused;
+}
+
+void sx_log_silence(void) {
+    llama_log_set(drop, NULL);
+}
+
 int32_t sx_interrupt_watch(struct llama_context * ctx) {
     struct sigaction current, ours;
     if (sigaction(SIGINT, NULL, &current) != 0) {
         return sx_fail(SX_ERR_ARGUMENT, "cannot read the handler of SIGINT");
     }
-    if (!(current.sa_flags & SA_SIGINFO) || current.sa_sigaction != on_interrupt) {
+    const bool is_ours = (current.sa_flags & SA_SIGINFO) && current.sa_sigaction == on_interrupt;
+    if (!is_ours && current.sa_handler != SIG_IGN) {
         previous = current;
         memset(&ours, 0, sizeof(ours));
         ours.sa_sigaction = on_interrupt;

@@ -57,6 +57,7 @@ enum sx_status {
     SX_ERR_CACHE    = -5,  // cache and bookkeeping disagree
     SX_ERR_MEMORY   = -6,  // out of memory on the host or on a device
     SX_ERR_DEVICE   = -7,  // a device could not run the rotation
+    SX_ERR_ABORTED  = -8,  // the abort callback of the context stopped llama_decode
 };
 
 enum sx_schedule {
@@ -159,6 +160,7 @@ SX_API int32_t sx_engine_adopt_key_positions(sx_engine * engine, const int32_t *
  *   SX_OK            the cache holds the batch, its logits are ready
  *   SX_ERR_ARGUMENT  not such a batch; nothing changed
  *   SX_ERR_DECODE    llama_decode failed; the cache is back at the tokens it held before
+ *   SX_ERR_ABORTED   likewise, because an abort callback asked for it
  *   SX_ERR_CACHE     a cell was not where its token index says, or the graph changed its shape:
  *                    the cache is cleared (0 tokens) because its contents cannot be trusted
  */
@@ -172,9 +174,14 @@ SX_API struct sx_stats sx_engine_stats(const sx_engine * engine);
 /*
  * For command line programs: let Ctrl-C (SIGINT) abort a running llama_decode of ctx on the CPU, in front of the
  * handler that is installed already, which still runs. Process-wide; call it again to forget an earlier Ctrl-C.
+ * A SIGINT that is ignored (as in background jobs) stays ignored.
  * SX_ERR_ARGUMENT: the handler could not be installed, nothing changed.
  */
 SX_API int32_t sx_interrupt_watch(struct llama_context * ctx);
+
+// For command line programs: drop llama.cpp's log, process-wide. (A log callback in Python would run Python's own
+// SIGINT handler in the middle of a decode.)
+SX_API void sx_log_silence(void);
 
 #ifdef __cplusplus
 }

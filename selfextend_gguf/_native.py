@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ _ERRORS: dict[int, type[SelfExtendError]] = {
     -6: NotEnoughMemoryError,  # SX_ERR_MEMORY
     -7: EngineError,  # SX_ERR_DEVICE
 }
+_ABORTED = -8  # SX_ERR_ABORTED
 _int32_p = ctypes.POINTER(ctypes.c_int32)
 
 
@@ -144,12 +146,22 @@ _declare("sx_engine_truncate", [ctypes.c_void_p, ctypes.c_int32], None)
 _declare("sx_engine_stats", [ctypes.c_void_p], _Stats)
 # int32_t sx_interrupt_watch(struct llama_context *);
 _declare("sx_interrupt_watch", [ctypes.c_void_p], ctypes.c_int32)
+# void sx_log_silence(void);
+_declare("sx_log_silence", [], None)
 
 # bool sx_engine_eval_callback(struct ggml_tensor *, bool ask, void * engine);
 EVAL_CALLBACK = ctypes.cast(_LIB.sx_engine_eval_callback, llama_cpp.ggml_backend_sched_eval_callback)
 
 
+def raise_interrupt() -> None:
+    """Raise the KeyboardInterrupt of a decode that Ctrl-C aborted."""
+    time.sleep(0)  # gives Python the occasion to raise it itself, so that it does not do so again later
+    raise KeyboardInterrupt
+
+
 def _check(status: int) -> None:
+    if status == _ABORTED:
+        raise_interrupt()
     if status != 0:
         raise _ERRORS[status](_LIB.sx_last_error().decode("utf-8", "replace"))
 
@@ -196,6 +208,11 @@ def schedule_step(config: SelfExtendConfig, n_cached: int, n_new: int) -> int:
 def watch_interrupts(context: ctypes.c_void_p) -> None:
     """Let Ctrl-C abort a running decode of a llama_context; for command line programs, from the main thread."""
     _check(_LIB.sx_interrupt_watch(context))
+
+
+def silence_log() -> None:
+    """Drop llama.cpp's log, process-wide; for command line programs."""
+    _LIB.sx_log_silence()
 
 
 class Engine:

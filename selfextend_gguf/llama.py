@@ -26,7 +26,7 @@ from selfextend_gguf.errors import (
     StateError,
     UnsupportedModelError,
 )
-from selfextend_gguf.model_info import kv_cache_bytes, model_file_error
+from selfextend_gguf.model_info import kv_cache_bytes, model_file_error, set_log_level
 
 # llama.cpp rounds a context up to a multiple of this; llama_cpp.Llama sizes its token array without rounding.
 _CELL_MULTIPLE = 256
@@ -137,6 +137,7 @@ class Llama(llama_cpp.Llama):
         self._prepare_context(model)
 
     def _prepare_context(self, model: Any) -> None:
+        set_log_level(self.verbose)
         params = self.context_params
         # llama.cpp's flash attention rounds f32 keys and values to f16 first: no choice for those who asked for f32.
         if self._flash_attn is None and llama_cpp.GGML_TYPE_F32 not in (params.type_k, params.type_v):

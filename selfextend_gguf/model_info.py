@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
 import llama_cpp
 import llama_cpp._internals as internals
-from llama_cpp._logger import set_verbose
+from llama_cpp._logger import logger, set_verbose
 
 from selfextend_gguf._native import EVAL_CALLBACK, Engine
 from selfextend_gguf.errors import ModelFileError, UnsupportedModelError
@@ -39,9 +40,20 @@ def model_file_error(path: str | Path) -> ModelFileError:
     )
 
 
+def set_log_level(verbose: bool) -> None:
+    """Show all or nothing of llama.cpp's log.
+
+    llama-cpp-python's quiet level lets warnings through (it numbers the levels as llama.cpp used to), among them one
+    about contexts beyond the trained one, which is what Self-Extend is for. Errors arrive as exceptions.
+    """
+    set_verbose(verbose)
+    if not verbose:
+        logger.setLevel(logging.CRITICAL)
+
+
 def load_model(path: str | Path, *, vocab_only: bool, verbose: bool = False) -> internals.LlamaModel:
     """Load a model file, or its vocabulary and metadata alone. Raises ModelFileError."""
-    set_verbose(verbose)
+    set_log_level(verbose)
     if not Path(path).is_file():
         raise model_file_error(path)
     params = llama_cpp.llama_model_default_params()

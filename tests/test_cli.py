@@ -24,7 +24,7 @@ from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.tiny.data import key_task
 from selfextend_gguf.tiny.model_file import LlamaShape
 
-COMMAND = [sys.executable, "-c", "from selfextend_gguf.cli import main; main(prog_name='sx-gguf')"]
+COMMAND = [str(Path(sys.executable).with_name("sx-gguf"))]
 MODEL = str(TINY_MODEL)
 
 
