@@ -93,6 +93,11 @@ static void fail_in_callback(sx_engine * e, int status) {
 static void collect_layer(sx_engine * e, const struct ggml_tensor * node, struct ggml_tensor * keys, int index) {
     struct sx_layer layer = { .index = index, .keys = keys };
     const char * op = "";
+    if (keys->type != GGML_TYPE_F32 && keys->type != GGML_TYPE_F16 && keys->type != GGML_TYPE_BF16) {
+        fail_in_callback(e, sx_fail(SX_ERR_MODEL, "a K cache of type %s cannot be rewritten; use f16, bf16 or f32",
+                ggml_type_name(keys->type)));
+        return;
+    }
     switch (sx_graph_key_rope(node, &layer.rope, &op)) {
         case SX_KEY_NO_ROPE:
             return;
@@ -106,11 +111,6 @@ static void collect_layer(sx_engine * e, const struct ggml_tensor * node, struct
     const struct sx_rope * rope = &layer.rope;
     if (rope->mode != GGML_ROPE_TYPE_NORMAL && rope->mode != GGML_ROPE_TYPE_NEOX) {
         fail_in_callback(e, sx_fail(SX_ERR_MODEL, "layer %d uses multi-dimensional RoPE (type %d)", index, rope->mode));
-        return;
-    }
-    if (keys->type != GGML_TYPE_F32 && keys->type != GGML_TYPE_F16 && keys->type != GGML_TYPE_BF16) {
-        fail_in_callback(e, sx_fail(SX_ERR_MODEL, "a K cache of type %s cannot be rewritten; use f16, bf16 or f32",
-                ggml_type_name(keys->type)));
         return;
     }
     if (keys->ne[1] != e->n_ctx || keys->ne[2] != 1 || keys->ne[0] % rope->head_dim != 0) {

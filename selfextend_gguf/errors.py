@@ -11,6 +11,10 @@ class ConfigError(SelfExtendError, ValueError):
     """Parameters that are out of range, unknown, or that cannot reach the requested context."""
 
 
+class UnknownArgumentError(ConfigError, TypeError):
+    """A keyword argument that neither this package nor llama_cpp.Llama knows."""
+
+
 class ModelFileError(SelfExtendError, ValueError):
     """A model file that is missing, not a GGUF file, damaged, or unknown to llama.cpp."""
 

@@ -24,6 +24,7 @@ from selfextend_gguf.errors import (
     NotEnoughMemoryError,
     SelfExtendError,
     StateError,
+    UnknownArgumentError,
     UnsupportedModelError,
 )
 from selfextend_gguf.model_info import kv_cache_bytes, model_file_error, set_log_level
@@ -72,7 +73,8 @@ class Llama(llama_cpp.Llama):
         The five parameters of Self-Extend are chosen by `plan` where None.
 
         Raises:
-            ConfigError: an unknown argument, or numbers that cannot reach `n_ctx`.
+            UnknownArgumentError: an unknown argument.
+            ConfigError: numbers out of range, or that cannot reach `n_ctx`.
             ModelFileError: a missing or damaged file.
             UnsupportedModelError: `n_ctx` is beyond the trained context of a model that cannot be extended.
             NotEnoughMemoryError: the KV cache does not fit the available memory.
@@ -80,7 +82,7 @@ class Llama(llama_cpp.Llama):
         self._stack = contextlib.ExitStack()  # the parent's destructor closes it, however early we fail
         unknown = sorted(set(kwargs) - _PARENT_ARGUMENTS)
         if unknown:
-            raise ConfigError(f"unknown argument{'s' * (len(unknown) > 1)}: {', '.join(unknown)}")
+            raise UnknownArgumentError(f"unknown argument{'s' * (len(unknown) > 1)}: {', '.join(unknown)}")
         for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch)):
             if value < (name == "n_batch"):
                 raise ConfigError(f"{name} must be positive, not {value}")

@@ -274,8 +274,17 @@ def test_grouped_keys_are_refused_by_a_context_within_the_trained_one():
 
 
 def test_unknown_arguments_are_an_error():
-    with pytest.raises(ConfigError, match="unknown argument: grp_attn_n"):
-        Llama(str(TINY_MODEL), n_ctx=512, grp_attn_n=4)
+    for kind in (ConfigError, TypeError):
+        with pytest.raises(kind, match="unknown argument: grp_attn_n"):
+            Llama(str(TINY_MODEL), n_ctx=512, grp_attn_n=4)
+
+
+@pytest.mark.parametrize("kind", [llama_cpp.GGML_TYPE_Q8_0, llama_cpp.GGML_TYPE_Q4_0])
+def test_quantised_keys_are_refused_beyond_the_trained_context(kind):
+    with pytest.raises(UnsupportedModelError, match="use f16, bf16 or f32"):
+        Llama(str(TINY_MODEL), n_ctx=512, type_k=kind, verbose=False)
+    Llama(str(TINY_MODEL), n_ctx=512, type_v=kind, flash_attn=True, verbose=False).eval(random_tokens(400))
+    Llama(str(TINY_MODEL), n_ctx=256, type_k=kind, verbose=False).eval(random_tokens(200))
 
 
 def test_too_many_tokens_are_refused_before_anything_is_read():

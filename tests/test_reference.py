@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import llama_cpp
 import numpy as np
 import pytest
-from helpers import F16, F32, SHAPES, random_tokens, relative_error
+from helpers import BF16, F16, F32, SHAPES, random_tokens, relative_error
 
 from selfextend_gguf import Llama, plan, schedule_positions
 from selfextend_gguf._native import schedule_step
@@ -103,22 +104,21 @@ def test_any_key_positions(model, name):
     assert relative_error(llm.scores[:n], wanted) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_f16_cache_is_at_most_twice_as_far_off_as_plain_llama_cpp(model, name):
-    """Rewritten f16 keys are rounded again; a key is rewritten a few times only, so the error stays bounded."""
-    import llama_cpp
-
+def test_16_bit_caches_are_at_most_twice_as_far_off_as_plain_llama_cpp(model, name, kind):
+    """Rewritten 16-bit keys are rounded again; a key is rewritten a few times only, so the error stays bounded."""
     path = model(name)
     n = 16 * Reference(path).n_ctx_train
     tokens = random_tokens(n, seed=5)
 
-    def run(kind: type, cache: dict[str, int]) -> np.ndarray:
-        llm = kind(str(path), n_ctx=-(-n // 256) * 256, logits_all=True, verbose=False, flash_attn=False, **cache)
+    def run(llama: type, cache: dict[str, int]) -> np.ndarray:
+        llm = llama(str(path), n_ctx=-(-n // 256) * 256, logits_all=True, verbose=False, flash_attn=False, **cache)
         llm.eval(tokens)
         return llm.scores[:n].astype(np.float64)
 
-    def error(kind: type) -> float:
-        exact, rounded = run(kind, F32), run(kind, F16)
+    def error(llama: type) -> float:
+        exact, rounded = run(llama, F32), run(llama, {"f16": F16, "bf16": BF16}[kind])
         return float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact))
 
     assert error(Llama) < 2 * error(llama_cpp.Llama)
@@ -126,8 +126,6 @@ def test_f16_cache_is_at_most_twice_as_far_off_as_plain_llama_cpp(model, name):
 
 def test_reference_equals_llama_cpp_within_the_trained_context(model):
     """The oracle itself, checked against plain llama.cpp where neither groups anything."""
-    import llama_cpp
-
     for name in MODELS:
         reference = Reference(model(name))
         tokens = random_tokens(reference.n_ctx_train, seed=6)

@@ -27,6 +27,7 @@ def test_batches_have_one_weight_for_each_predicted_token(heldout_text):
     for tokens, weights in (
         data.text_batch(rng, text, 4, 100),
         data.copy_batch(rng, text, 4, 100),
+        data.partial_copy_batch(rng, text, 4, 100),
         data.retrieval_batch(rng, text, words, 16, 256),
     ):
         assert tokens.shape == (weights.shape[0], weights.shape[1] + 1)
@@ -77,17 +78,26 @@ def test_training_learns(tmp_path, heldout_text):
     """A few steps of the real trainer, through the real file format into llama.cpp."""
     torch = pytest.importorskip("torch", reason="training needs the extra [train]")
     from selfextend_gguf.tiny.model_file import write_llama
-    from selfextend_gguf.tiny.train import Stage, train
+    from selfextend_gguf.tiny.train import Recipe, Stage, TinyLlama, load_weights, train
 
     text = np.frombuffer(heldout_text.encode(), np.uint8)
-    shape = LlamaShape(n_ctx_train=64, n_layer=2, n_embd=64, n_head=2, n_head_kv=1, n_ff=96)
+    shape = LlamaShape(n_ctx_train=256, n_layer=2, n_embd=64, n_head=2, n_head_kv=1, n_ff=96)
     lines: list[str] = []
-    stages = [Stage("text", 25, 64, (8, 0, 0)), Stage("retrieval", 5, 192, (2, 2, 2))]
-    model = train(text[:-20000], text[-20000:], shape, stages, log_every=10, log=lines.append)
+    torch.manual_seed(0)
+    model = TinyLlama(shape)
+    stages = [
+        Stage("text", 25, 64, (8, 0, 0)),
+        Stage("retrieval", 5, 192, (2, 2, 2)),
+        Stage("sharpen", 5, 192, (2, 2, 2), 0.4, data.partial_copy_batch),
+    ]
+    train(text[:-20000], text[-20000:], model, Recipe(stages, warm_up=5), log_every=10, log=lines.append)
     losses = [float(line.split(" loss ")[1].split()[0]) for line in lines if " loss " in line]
     assert losses[1] < losses[0] < np.log(256)
     path = tmp_path / "trained.gguf"
     write_llama(path, shape, model.gguf_tensors())
+    copy = TinyLlama(shape)
+    load_weights(copy, path)
+    assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), model.parameters(), strict=True))
     tokens = list(heldout_text[:64].encode())
     llm = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, type_k=0, type_v=0)
     llm.eval(tokens)

@@ -19,8 +19,11 @@ import llama_cpp.llama_cpp as c_api
 import numpy as np
 import numpy.typing as npt
 
+from selfextend_gguf._native import schedule_step
+from selfextend_gguf.config import plan
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.reference import Reference
 from selfextend_gguf.tiny.data import KeyTask, key_task
 
 Array = npt.NDArray[np.float64]
@@ -149,6 +152,22 @@ def evaluate(model: str, text: str, n_tokens: int, n_trials: int, n_texts: int) 
     return row
 
 
+def compare_with_paper(model: str, text: str, n_tokens: int) -> tuple[float, float, float]:
+    """Perplexity of the second half of a text by our schedule and by the paper's attention, and how far apart their
+    logits are there (norm of the difference in relation to the norm). Both from the float64 reference."""
+    reference = Reference(model)
+    config = plan(reference.n_ctx_train, n_tokens)
+    tokens = list(text[:n_tokens].encode())
+    steps: list[int] = []
+    while sum(steps) < n_tokens:
+        steps.append(schedule_step(config, sum(steps), n_tokens - sum(steps)))
+    ours = reference.logits(tokens, steps, config)
+    paper = reference.paper_logits(tokens, config.group_size, config.neighbor_window)
+    late = slice(n_tokens // 2, None)
+    perplexities = [float(np.exp(losses(logits, tokens)[late].mean())) for logits in (ours, paper)]
+    return *perplexities, float(np.linalg.norm(ours[late] - paper[late]) / np.linalg.norm(paper[late]))  # type: ignore[return-value]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(TINY_MODEL))
@@ -156,8 +175,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--trials", type=int, default=40, help="keys a length")
     parser.add_argument("--texts", type=int, default=4, help="stretches of text a length")
+    parser.add_argument("--paper", action="store_true", help="compare with the paper's attention instead")
     args = parser.parse_args(argv)
     text = args.text.read_text(encoding="ascii")
+    if args.paper:
+        print("| tokens | perplexity, ours | perplexity, paper's attention | difference of logits |")
+        print("|---:|---:|---:|---:|")
+        for n_tokens in args.lengths:
+            ours, paper, distance = compare_with_paper(args.model, text, n_tokens)
+            print(f"| {n_tokens} | {ours:.3f} | {paper:.3f} | {distance:.1%} |", flush=True)
+        return
     header = ["tokens", "key found", "key found, llama.cpp", "perplexity", "fresh windows", "ratio"]
     print(" | ".join(["", *header, "llama.cpp", "`--grp-attn` loop", ""]).strip())
     print("|---:" * (len(header) + 2) + "|")
