@@ -22,9 +22,17 @@ from selfextend_gguf.models import TINY_MODEL
 )
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Measurements; medians are shown.")
 @click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--flash-attn/--no-flash-attn", default=None, help="Flash attention on both sides [automatic].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 def bench(
-    model: Path | None, smollm_135m: bool, length: int, predict: int, repeat: int, threads: int | None, as_json: bool
+    model: Path | None,
+    smollm_135m: bool,
+    length: int,
+    predict: int,
+    repeat: int,
+    threads: int | None,
+    flash_attn: bool | None,
+    as_json: bool,
 ) -> None:
     """Compare time and memory with plain llama_cpp.Llama, interleaved in one run [bundled model].
 
@@ -40,11 +48,14 @@ def bench(
         if smollm_135m:
             path = Path(folder) / "smollm-135m-random.gguf"
             measure.write_random_model(path, measure.SMOLLM_135M)
-        result = measure.run(path, length, predict, repeat, threads)
+        result = measure.run(path, length, predict, repeat, threads, flash_attn)
     if as_json:
         click.echo(json.dumps({"model": path.name, "length": length, "predict": predict} | asdict(result)))
         return
-    click.echo(f"{path.name}, {length} tokens, medians of {repeat}, interleaved")
+    click.echo(
+        f"{path.name}, {length} tokens, medians of {repeat}, interleaved, "
+        f"flash attention {'on' if result.flash_attn else 'off'}"
+    )
     click.echo(f"{'':<28}{'Self-Extend':>14}{'llama.cpp':>14}{'ratio':>8}")
     for name, ratio in ((f"read {length} tokens", result.read), (f"then {predict} one by one", result.generate)):
         click.echo(f"{name:<28}{ratio.extended_seconds:>12.2f} s{ratio.plain_seconds:>12.2f} s{ratio.ratio:>8.3f}")

@@ -118,6 +118,8 @@ def _declare(name: str, argtypes: list, restype: type | None) -> None:
 
 # const char * sx_last_error(void);
 _declare("sx_last_error", [], ctypes.c_char_p)
+# int32_t sx_schedule_boundary(const struct sx_params *, int32_t n_cached, int32_t n_total, int32_t * boundary);
+_declare("sx_schedule_boundary", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
 # int32_t sx_schedule_positions(const struct sx_params *, int32_t n_cached, int32_t n_total, int32_t * positions);
 _declare("sx_schedule_positions", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
 # int32_t sx_schedule_step(const struct sx_params *, int32_t n_cached, int32_t n_new, int32_t * n_step);
@@ -222,6 +224,7 @@ class Engine:
         self._handle = _LIB.sx_engine_init(n_ctx)
         if not self._handle:
             raise NotEnoughMemoryError(_LIB.sx_last_error().decode())
+        self._boundary: int | None = None  # of the schedule step applied last, while it still holds
 
     def close(self) -> None:
         """Free the engine. Its context must have been freed before."""
@@ -254,13 +257,24 @@ class Engine:
         _LIB.sx_engine_get_key_positions(self._handle, _pointer(positions))
         return positions
 
+    def apply_schedule(self, config: SelfExtendConfig, n_total: int) -> None:
+        """Rotate the cached keys to where the schedule wants them for decoding up to `n_total` tokens."""
+        n_cached, boundary = self.n_tokens, ctypes.c_int32()
+        params = ctypes.byref(_params(config))
+        _check(_LIB.sx_schedule_boundary(params, n_cached, n_total, ctypes.byref(boundary)))
+        if boundary.value != self._boundary:  # else nothing moves, and generating should not look at every key
+            self.set_key_positions(schedule_positions(config, n_cached, n_total))
+            self._boundary = boundary.value
+
     def set_key_positions(self, positions: npt.NDArray[np.int32]) -> None:
         """Rotate the cached keys to `positions`, int32 of shape (n_tokens,)."""
+        self._boundary = None
         positions = np.ascontiguousarray(positions, np.int32)
         _check(_LIB.sx_engine_set_key_positions(self._handle, _pointer(positions), len(positions)))
 
     def adopt_key_positions(self, positions: npt.NDArray[np.int32]) -> None:
         """Declare what a restored cache holds, without rotating."""
+        self._boundary = None
         positions = np.ascontiguousarray(positions, np.int32)
         _check(_LIB.sx_engine_adopt_key_positions(self._handle, _pointer(positions), len(positions)))
 
@@ -270,6 +284,8 @@ class Engine:
 
     def truncate(self, n: int) -> None:
         """Forget the tokens from n on."""
+        if self._boundary is not None and n < self._boundary:
+            self._boundary = None
         _LIB.sx_engine_truncate(self._handle, n)
 
     @property

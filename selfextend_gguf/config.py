@@ -83,12 +83,10 @@ def _reach(schedule: str, max_distance: int, window: int, n_batch: int, block: i
 
 
 def _whole_tiles(free: int) -> int:
-    """Tokens between two moves of the boundary: a sixth of the free positions, in the tiles of 64 queries that
-    llama.cpp's CPU flash attention computes at once (fewer take a path that is several times slower)."""
-    sixth = max(1, free // 6)
-    if sixth > _TILE:
-        return sixth // _TILE * _TILE
-    return _TILE if free >= 2.5 * _TILE else sixth
+    """Tokens between two moves of the boundary: a third of the free positions, at most 512 (llama.cpp's usual batch),
+    in the tiles of 64 queries that its CPU flash attention computes at once."""
+    third = max(1, free // 3)
+    return third if third < _TILE else min(512, third // _TILE * _TILE)
 
 
 def _check_range(name: str, value: int, low: int, high: int, why: str) -> None:
@@ -110,9 +108,9 @@ def plan(
 ) -> SelfExtendConfig:
     """Resolve the parameters for reading `n_ctx` tokens with a model trained on `n_ctx_train`.
 
-    None = automatic: distances below the trained context, a quarter of them for the neighbor window, a sixth of
-    the rest for the tokens between two moves of the boundary, and the smallest group size that reaches `n_ctx`
-    with these.
+    None = automatic: distances below the trained context, a quarter of them for the neighbor window, a third of
+    the rest (at most 512) for the tokens between two moves of the boundary, and the smallest group size that reaches
+    `n_ctx` with these.
 
     Raises ConfigError for values out of range, and for a combination that cannot reach `n_ctx`; the message
     names the smallest change that would.

@@ -6,7 +6,7 @@ from typing import Any
 
 import llama_cpp._internals as internals
 
-from selfextend_gguf._native import Engine, schedule_positions
+from selfextend_gguf._native import Engine
 from selfextend_gguf.config import SelfExtendConfig
 from selfextend_gguf.errors import SelfExtendError
 
@@ -26,11 +26,9 @@ class SelfExtendContext:
         return getattr(self._context, name)
 
     def decode(self, batch: internals.LlamaBatch) -> None:
-        """Decode a batch of at most `config.n_batch` tokens (more while within the trained context)."""
-        engine = self._engine
-        n_cached = engine.n_tokens
-        engine.set_key_positions(schedule_positions(self._config, n_cached, n_cached + batch.n_tokens()))
-        engine.decode(batch.batch)
+        """Decode a batch within one step of the schedule; see `schedule_step`."""
+        self._engine.apply_schedule(self._config, self._engine.n_tokens + batch.n_tokens())
+        self._engine.decode(batch.batch)
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """Remove tokens [p0, p1); only an end of the text can go (p1 = -1)."""

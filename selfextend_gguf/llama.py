@@ -31,6 +31,8 @@ from selfextend_gguf.model_info import kv_cache_bytes, model_file_error, set_log
 
 # llama.cpp rounds a context up to a multiple of this; llama_cpp.Llama sizes its token array without rounding.
 _CELL_MULTIPLE = 256
+_SMALL_STEP = 256  # tokens
+_PLAIN_TYPES = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, 30)  # 30 = bf16, which llama_cpp does not name
 _PARENT_ARGUMENTS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "kwargs"}
 
 
@@ -62,7 +64,8 @@ class Llama(llama_cpp.Llama):
             model_path: Path of a GGUF file.
             n_ctx: Text context in tokens; beyond the trained context the text is extended. 0 = trained context.
             n_batch: Most tokens decoded at once.
-            flash_attn: Flash attention; None lets llama.cpp decide (off for f32 caches, which it would round to f16).
+            flash_attn: Flash attention; None = automatic: llama.cpp decides, but not for f32 caches, which it would
+                round to f16, nor on the CPU for models with a trained context below 1024, whose small steps it slows.
             group_size: Tokens outside the neighbor window that share one key position.
             neighbor_window: Latest tokens that always keep their exact distance.
             max_distance: No query sees a distance of that many tokens or more; at most the trained context.
@@ -141,9 +144,6 @@ class Llama(llama_cpp.Llama):
     def _prepare_context(self, model: Any) -> None:
         set_log_level(self.verbose)
         params = self.context_params
-        # llama.cpp's flash attention rounds f32 keys and values to f16 first: no choice for those who asked for f32.
-        if self._flash_attn is None and llama_cpp.GGML_TYPE_F32 not in (params.type_k, params.type_v):
-            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
         n_ctx_train = model.n_ctx_train()
         n_ctx = params.n_ctx or n_ctx_train
         if self._plan_arguments["schedule"] is not None or any(v is not None for v in self._plan_arguments.values()):
@@ -152,16 +152,30 @@ class Llama(llama_cpp.Llama):
             return
         self._check_memory(model, n_ctx)
         if self._wanted_n_ctx <= n_ctx_train:
+            self._choose_flash_attention(longest_step=self.n_batch)
             return
         if params.embeddings:
             raise UnsupportedModelError(
                 f"embeddings are computed within the trained context: n_ctx must be at most {n_ctx_train}, not {n_ctx}"
             )
         self.self_extend = plan(n_ctx_train, n_ctx, **self._plan_arguments)
+        self._choose_flash_attention(longest_step=self.self_extend.block_size)
         self._engine = Engine(n_ctx)
         self._stack.callback(self._engine.close)  # after the context: the stack unwinds backwards
         params.cb_eval = EVAL_CALLBACK
         params.cb_eval_user_data = self._engine.user_data
+
+    def _choose_flash_attention(self, longest_step: int) -> None:
+        """Where nobody chose: llama.cpp's automatic choice, except where it is known to be the worse one."""
+        params = self.context_params
+        # llama.cpp's flash attention rounds f32 keys and values to f16 first: not for those who asked for f32.
+        wants_f32 = llama_cpp.GGML_TYPE_F32 in (params.type_k, params.type_v)
+        # On the CPU it needs many queries at once: steps of 64 take 1.4 times as long with it as without.
+        small_steps_on_cpu = longest_step < _SMALL_STEP and self.model_params.n_gpu_layers == 0
+        # Quantised values exist with flash attention only.
+        needs_it = params.type_v not in _PLAIN_TYPES
+        if self._flash_attn is None and (needs_it or not (wants_f32 or small_steps_on_cpu)):
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
 
     def _check_memory(self, model: Any, n_ctx: int) -> None:
         """Refuse a KV cache that cannot fit; llama.cpp would be killed while filling it."""

@@ -128,11 +128,19 @@ def test_scores_are_not_kept_for_the_whole_context(llm):
     assert llm.scores.shape[0] <= llm.n_batch
 
 
-def test_default_flash_attention_is_automatic_but_off_for_f32():
-    automatic, off = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    assert Llama(str(TINY_MODEL), n_ctx=512, verbose=False).context_params.flash_attn_type == automatic
-    assert Llama(str(TINY_MODEL), n_ctx=512, verbose=False, **F32).context_params.flash_attn_type == off
-    assert Llama(str(TINY_MODEL), n_ctx=512, verbose=False, flash_attn=False).context_params.flash_attn_type == off
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({"n_ctx": 256}, llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO),
+        ({"n_ctx": 512}, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED),  # steps of 64 on the CPU
+        ({"n_ctx": 512, "flash_attn": True}, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED),
+        ({"n_ctx": 256, "flash_attn": False}, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED),
+        ({"n_ctx": 256, **F32}, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED),
+        ({"n_ctx": 512, "type_v": llama_cpp.GGML_TYPE_Q8_0}, llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO),
+    ],
+)
+def test_flash_attention_is_automatic(arguments, wanted):
+    assert Llama(str(TINY_MODEL), verbose=False, **arguments).context_params.flash_attn_type == wanted
 
 
 def test_pickling_keeps_the_parameters():
