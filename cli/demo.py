@@ -33,10 +33,9 @@ def demo(times: int, depth: float, seed: int) -> None:
     extended = Llama(str(TINY_MODEL), n_ctx=n_ctx, verbose=False)
     plain = llama_cpp.Llama(str(TINY_MODEL), n_ctx=extended.n_ctx(), verbose=False)
 
-    fact = next(line for line in task.prompt.splitlines() if task.answer in line)
     click.echo(f"The bundled model ({TINY_MODEL.name}) was trained on {n_ctx_train} tokens (bytes).")
     click.echo(f"It reads {len(task.prompt)} tokens, {times} times as many. {depth:.0%} into the text stands:")
-    click.echo(f"    {fact}")
+    click.echo(f"    {task.fact}")
     click.echo("and at its end:")
     click.echo(f"    {task.prompt.splitlines()[-1]}_")
     click.echo()

@@ -211,6 +211,7 @@ class KeyTask:
     """A text with one hidden fact and the question about it."""
 
     prompt: str
+    fact: str
     answer: str
     depth: float  # 0 = start of the text, 1 = end
 
@@ -222,9 +223,9 @@ def key_task(rng: np.random.Generator, text: str, n_bytes: int, depth: float, di
     """
     name = str(rng.choice(KEY_NAMES))
     value = random_value(rng, digits)
-    fact = FACT.format(name=name, value=value) + "\n"
+    fact = FACT.format(name=name, value=value)
     question = "\n" + QUESTION.format(name=name)
-    room = n_bytes - len(fact) - len(question)
+    room = n_bytes - len(fact) - 1 - len(question)
     if room < 0:
         raise ValueError(f"{n_bytes} bytes have no room for a fact and its question ({len(fact) + len(question)})")
     if room > len(text):
@@ -234,4 +235,4 @@ def key_task(rng: np.random.Generator, text: str, n_bytes: int, depth: float, di
     # The nearest word boundary at or before the wanted depth.
     cuts = [c for c in _cut_points(haystack.encode()) if c <= depth * room]
     place = cuts[-1]
-    return KeyTask(haystack[:place] + fact + haystack[place:] + question, value, depth)
+    return KeyTask(f"{haystack[:place]}{fact}\n{haystack[place:]}{question}", fact, value, depth)

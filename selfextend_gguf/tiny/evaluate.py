@@ -82,7 +82,7 @@ def losses_of_group_attention_loop(
     memory = c_api.llama_get_memory(llm.ctx)
     rows, n_past, grouped = [], 0, 0
     for begin in range(0, len(tokens), n_batch):
-        while n_past >= grouped + window:
+        while group_size > 1 and n_past >= grouped + window:
             shift = group_size * grouped // window
             squeeze = window // group_size * (group_size - 1)
             rest = window // group_size - shift * squeeze - window
