@@ -74,8 +74,8 @@ def add_byte_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    # llama.cpp wants a merge list; this one joins two control bytes that text never holds.
-    writer.add_token_merges([f"{tokens[1]} {tokens[2]}"])
+    # llama.cpp wants a merge list; this one joins characters that stand for no byte, and so never do.
+    writer.add_token_merges(["\u2603 \u2603"])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
     writer.add_add_bos_token(False)
