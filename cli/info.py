@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import llama_cpp
 from selfextend_gguf.cli.options import model_argument, self_extend_options, verbose_option
 
 from selfextend_gguf.config import longest_context, plan
+from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.model_info import ModelInfo
 
 
@@ -44,6 +44,7 @@ def info(model: Path, ctx: int | None, as_json: bool, verbose: bool, **parameter
             f"{size / 2**20:.1f} MiB ({kind})" for kind, size in kv.items()
         ),
         "Longest context": f"{facts['longest_context']} tokens",
+        "Rewritten layers": f"{facts['rewritten_layers']} of {facts['layers']}",
         "Self-Extend": facts["explanation"],
     }
     for name, value in rows.items():
@@ -52,14 +53,17 @@ def info(model: Path, ctx: int | None, as_json: bool, verbose: bool, **parameter
 
 def describe(file: ModelInfo, n_ctx: int, parameters: dict[str, Any]) -> dict[str, Any]:
     """All facts as a JSON-able record."""
-    reason = file.why_not_extended()
-    if n_ctx > file.n_ctx_train and reason is None:
+    reason, n_layers = file.examine()
+    config = None
+    if reason is not None:
+        explanation = f"not possible: {reason}"
+    elif n_ctx <= file.n_ctx_train:
+        explanation = f"not needed: {n_ctx} tokens fit the trained context"
+    elif n_layers == 0:
+        explanation = "not needed: layers with RoPE look back a window only, the others use no positions"
+    else:
         config = plan(file.n_ctx_train, n_ctx, **parameters)
         explanation = str(config)
-    else:
-        config = None
-        explanation = f"not possible: {reason}" if reason else f"not needed: {n_ctx} tokens fit the trained context"
-    types = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
     return {
         "model": str(file.path),
         "architecture": file.architecture,
@@ -67,7 +71,11 @@ def describe(file: ModelInfo, n_ctx: int, parameters: dict[str, Any]) -> dict[st
         "rope": file.rope,
         "quantisation": file.quantisation,
         "n_ctx": n_ctx,
-        "kv_cache_bytes": {name: file.kv_cache_bytes(n_ctx, t, t) for name, t in types.items()},
+        "layers": file.n_layers,
+        "rewritten_layers": n_layers,
+        "kv_cache_bytes": {
+            name: file.kv_cache_bytes(n_ctx, KV_TYPES[name], KV_TYPES[name]) for name in ("f16", "q8_0")
+        },
         "longest_context": file.n_ctx_train if reason else longest_context(file.n_ctx_train),
         "extendable": reason is None,
         "self_extend": asdict(config) if config else None,

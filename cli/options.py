@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import llama_cpp
 
 from selfextend_gguf.config import SCHEDULES
-
-CACHE_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "bf16": 30, "f32": llama_cpp.GGML_TYPE_F32}
+from selfextend_gguf.kv_cache import KV_TYPES
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -49,7 +47,7 @@ device_options = _combine(
     click.option(
         "-ctk",
         "--cache-type-k",
-        type=click.Choice(list(CACHE_TYPES)),
+        type=click.Choice(list(KV_TYPES)),
         default="f16",
         show_default=True,
         help="Type of the cached keys.",
@@ -57,7 +55,7 @@ device_options = _combine(
     click.option(
         "-ctv",
         "--cache-type-v",
-        type=click.Choice(list(CACHE_TYPES)),
+        type=click.Choice(list(KV_TYPES)),
         default="f16",
         show_default=True,
         help="Type of the cached values.",
@@ -94,8 +92,8 @@ def llama_arguments(
         "n_threads": threads,
         "n_threads_batch": threads,
         "n_gpu_layers": gpu_layers,
-        "type_k": CACHE_TYPES[cache_type_k],
-        "type_v": CACHE_TYPES[cache_type_v],
+        "type_k": KV_TYPES[cache_type_k],
+        "type_v": KV_TYPES[cache_type_v],
         "group_size": group_size,
         "neighbor_window": neighbor_window,
         "schedule": schedule,

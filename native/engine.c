@@ -3,10 +3,10 @@
 #include <string.h>
 
 #include "error.h"
-#include "rotate.h"
+#include "layers.h"
 #include "selfextend.h"
 
-enum { MAX_DEVICES = 16, MAX_POSITION_INPUTS = 64 };
+enum { MAX_POSITION_INPUTS = 64 };
 
 struct sx_engine {
     struct llama_context * ctx;  // NULL until attached
@@ -16,11 +16,8 @@ struct sx_engine {
     int32_t * delta;             // (n_ctx) scratch: rotation of each row, in positions
     int32_t * read_buffer;       // (2 * n_ctx) scratch for index tensors read from a device
 
-    struct sx_layer * layers;    // (n_layers) only layers with RoPE
-    int       n_layers;
-    int32_t * next_cell;         // (n_layers) during a decode: the cell that the layer writes next
-    struct sx_device devices[MAX_DEVICES];
-    int       n_devices;
+    struct sx_layers layers;     // those whose keys are rewritten
+    int32_t * next_cell;         // (layers.n) during a decode: the cell that the layer writes next
 
     bool      finding;           // the warm-up decode is running: collect layers
     bool      decoding;          // a decode is running: verify, and move positions into the frame
@@ -64,13 +61,7 @@ void sx_engine_free(sx_engine * e) {
     if (!e) {
         return;
     }
-    for (int i = 0; i < e->n_devices; ++i) {
-        sx_device_free(&e->devices[i]);
-    }
-    for (int i = 0; i < e->n_layers; ++i) {
-        free(e->layers[i].freq_factors);
-    }
-    free(e->layers);
+    sx_layers_free(&e->layers);
     free(e->next_cell);
     free(e->positions);
     free(e->delta);
@@ -78,9 +69,10 @@ void sx_engine_free(sx_engine * e) {
     free(e);
 }
 
-// The frame: what is subtracted from every position before it becomes an angle.
-static int32_t frame_of(const int32_t * positions, int32_t n) {
-    return n > 0 ? positions[0] : 0;
+// The frame: what is subtracted from every position before it becomes an angle. Layers with sliding attention, whose
+// keys stay as they are, share the position input with the others: with such layers there is no frame.
+static int32_t frame_of(const sx_engine * e, const int32_t * positions, int32_t n) {
+    return n > 0 && !e->layers.any_local ? positions[0] : 0;
 }
 
 // ---- graph callback --------------------------------------------------------------------------------------------
@@ -89,70 +81,20 @@ static void fail_in_callback(sx_engine * e, int status) {
     e->fault = e->fault ? e->fault : status;
 }
 
-// Warm-up: remember the K tensor and the RoPE of the layer that `node` writes.
-static void collect_layer(sx_engine * e, const struct ggml_tensor * node, struct ggml_tensor * keys, int index) {
-    struct sx_layer layer = { .index = index, .keys = keys };
-    const char * op = "";
-    if (keys->type != GGML_TYPE_F32 && keys->type != GGML_TYPE_F16 && keys->type != GGML_TYPE_BF16) {
-        fail_in_callback(e, sx_fail(SX_ERR_MODEL, "a K cache of type %s cannot be rewritten; use f16, bf16 or f32",
-                ggml_type_name(keys->type)));
-        return;
-    }
-    switch (sx_graph_key_rope(node, &layer.rope, &op)) {
-        case SX_KEY_NO_ROPE:
-            return;
-        case SX_KEY_UNKNOWN:
-            fail_in_callback(e, sx_fail(SX_ERR_MODEL, "layer %d passes its rotated keys through %s, which Self-Extend "
-                    "does not know how to undo", index, op));
-            return;
-        case SX_KEY_ROPE:
-            break;
-    }
-    const struct sx_rope * rope = &layer.rope;
-    if (rope->mode != GGML_ROPE_TYPE_NORMAL && rope->mode != GGML_ROPE_TYPE_NEOX) {
-        fail_in_callback(e, sx_fail(SX_ERR_MODEL, "layer %d uses multi-dimensional RoPE (type %d)", index, rope->mode));
-        return;
-    }
-    if (keys->ne[1] != e->n_ctx || keys->ne[2] != 1 || keys->ne[0] % rope->head_dim != 0) {
-        fail_in_callback(e, sx_fail(SX_ERR_MODEL, "the K cache of layer %d has the shape %lld x %lld x %lld, not one row for "
-                "each of %d tokens", index, (long long) keys->ne[0], (long long) keys->ne[1],
-                (long long) keys->ne[2], e->n_ctx));
-        return;
-    }
-    struct sx_layer * layers = realloc(e->layers, (e->n_layers + 1) * sizeof(*layers));
-    if (!layers) {
-        fail_in_callback(e, sx_fail(SX_ERR_MEMORY, "out of memory"));
-        return;
-    }
-    e->layers = layers;
-    if (rope->freq_factors) {
-        const size_t size = rope->n_dims / 2 * sizeof(float);
-        layer.freq_factors = malloc(size);
-        if (!layer.freq_factors) {
-            fail_in_callback(e, sx_fail(SX_ERR_MEMORY, "out of memory"));
-            return;
-        }
-        ggml_backend_tensor_get(rope->freq_factors, layer.freq_factors, 0, size);
-    }
-    layer.rope.freq_factors = NULL;  // graph tensors do not outlive the graph
-    layer.rope.positions    = NULL;
-    e->layers[e->n_layers++] = layer;
-}
-
 // The keys of tokens next, next + 1, ... must go to the cells of the same numbers.
 static void check_cells(sx_engine * e, const struct ggml_tensor * node, const struct ggml_tensor * keys) {
     int l = 0;
-    while (l < e->n_layers && e->layers[l].keys != keys) {
+    while (l < e->layers.n && e->layers.layer[l].keys != keys) {
         l++;
     }
-    if (l == e->n_layers) {
-        return;  // a layer without RoPE
+    if (l == e->layers.n) {
+        return;  // a layer whose keys stay as they are
     }
     const struct ggml_tensor * cells = node->src[1];
     const int64_t n = cells->ne[0];
     const int32_t at = e->next_cell[l];
     if (n > e->n_ctx - at) {
-        fail_in_callback(e, sx_fail(SX_ERR_CACHE, "layer %d writes more keys than the cache holds", e->layers[l].index));
+        fail_in_callback(e, sx_fail(SX_ERR_CACHE, "layer %d writes more keys than the cache holds", e->layers.layer[l].index));
         return;
     }
     if (cells != e->checked_cells || at != e->checked_at) {
@@ -174,7 +116,7 @@ static void check_cells(sx_engine * e, const struct ggml_tensor * node, const st
 // Token indices of the running micro-batch start where the layer that is furthest behind writes next.
 static int32_t micro_batch_begin(const sx_engine * e) {
     int32_t begin = e->next_cell[0];
-    for (int l = 1; l < e->n_layers; ++l) {
+    for (int l = 1; l < e->layers.n; ++l) {
         begin = e->next_cell[l] < begin ? e->next_cell[l] : begin;
     }
     return begin;
@@ -182,7 +124,7 @@ static int32_t micro_batch_begin(const sx_engine * e) {
 
 // Subtract the frame from the positions that a RoPE node is about to read.
 static void move_into_frame(sx_engine * e, struct ggml_tensor * positions) {
-    const int32_t frame = frame_of(e->positions, e->n_tokens);
+    const int32_t frame = frame_of(e, e->positions, e->n_tokens);
     if (frame == 0) {
         return;
     }
@@ -223,7 +165,7 @@ static bool reads_positions_outside_rope(const struct ggml_tensor * node) {
         return false;
     }
     for (int i = 0; i < GGML_MAX_SRC && node->src[i]; ++i) {
-        if (strncmp(node->src[i]->name, "inp_pos", 7) == 0) {
+        if (strstr(node->src[i]->name, "inp_pos")) {
             return true;
         }
     }
@@ -245,7 +187,10 @@ bool sx_engine_eval_callback(struct ggml_tensor * node, bool ask, void * user_da
     int layer = 0;
     struct ggml_tensor * keys = sx_graph_key_cache(node, &layer);
     if (keys && e->finding) {
-        collect_layer(e, node, keys, layer);
+        const int status = sx_layers_collect(&e->layers, node, keys, layer);
+        if (status != SX_OK) {
+            fail_in_callback(e, status);
+        }
     } else if (keys) {
         check_cells(e, node, keys);
     }
@@ -259,7 +204,7 @@ static int check_model(const sx_engine * e, struct llama_context * ctx) {
     if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
         return sx_fail(SX_ERR_MODEL, "the model is recurrent: its memory of the text is a state, not a cache of keys");
     }
-    if (llama_model_has_encoder(model) || llama_model_is_diffusion(model)) {
+    if (llama_model_has_encoder(model) || llama_model_is_diffusion(model) || !llama_get_memory(ctx)) {
         return sx_fail(SX_ERR_MODEL, "the model is not a plain decoder");
     }
     const enum llama_rope_type rope = llama_model_rope_type(model);
@@ -268,10 +213,6 @@ static int check_model(const sx_engine * e, struct llama_context * ctx) {
     }
     if (rope != LLAMA_ROPE_TYPE_NORM && rope != LLAMA_ROPE_TYPE_NEOX) {
         return sx_fail(SX_ERR_MODEL, "the model uses multi-dimensional RoPE (M-RoPE)");
-    }
-    if (llama_model_n_swa(model) > 0) {
-        return sx_fail(SX_ERR_MODEL, "the model uses sliding-window attention (%d tokens), which is not supported yet",
-                llama_model_n_swa(model));
     }
     if (llama_n_seq_max(ctx) != 1) {
         return sx_fail(SX_ERR_MODEL, "the context is made for %u sequences; Self-Extend handles one", llama_n_seq_max(ctx));
@@ -282,60 +223,25 @@ static int check_model(const sx_engine * e, struct llama_context * ctx) {
     return SX_OK;
 }
 
-static int warm_up(sx_engine * e, struct llama_context * ctx) {
-    llama_token token = llama_vocab_bos(llama_model_get_vocab(llama_get_model(ctx)));
-    token = token < 0 ? 0 : token;
-    e->finding = true;
-    const int32_t rc = llama_decode(ctx, llama_batch_get_one(&token, 1));
-    llama_synchronize(ctx);
-    e->finding = false;
-    llama_memory_clear(llama_get_memory(ctx), true);
-    llama_perf_context_reset(ctx);
-    if (rc != 0) {
-        return sx_fail(SX_ERR_DECODE, "the warm-up decode failed (llama_decode returned %d)", rc);
-    }
-    return e->fault;
-}
-
-static int open_devices(sx_engine * e) {
-    for (int l = 0; l < e->n_layers; ++l) {
-        struct sx_layer * layer = &e->layers[l];
-        const ggml_backend_buffer_type_t type = ggml_backend_buffer_get_type(layer->keys->buffer);
-        int d = 0;
-        while (d < e->n_devices && e->devices[d].buffer_type != type) {
-            d++;
-        }
-        if (d == MAX_DEVICES) {
-            return sx_fail(SX_ERR_DEVICE, "the K cache is spread over more than %d devices", MAX_DEVICES);
-        }
-        if (d == e->n_devices) {
-            e->n_devices++;  // counted even if it fails, so that it is freed
-            const int status = sx_device_init(&e->devices[d], layer);
-            if (status != SX_OK) {
-                return status;
-            }
-        }
-        layer->device = d;
-    }
-    return SX_OK;
-}
-
 int32_t sx_engine_attach(sx_engine * e, struct llama_context * ctx) {
-    if (e->ctx || e->n_layers > 0) {
+    if (e->ctx || e->layers.n > 0) {
         return sx_fail(SX_ERR_ARGUMENT, "the engine has been attached before");
     }
     int status = check_model(e, ctx);
     if (status == SX_OK) {
-        status = warm_up(e, ctx);
+        e->finding = true;
+        status = sx_layers_decode_probe(ctx, 0);
+        e->finding = false;
+        status = status ? status : e->fault;
+        status = status ? status : sx_layers_settle(&e->layers, ctx);
+        llama_memory_clear(llama_get_memory(ctx), true);
+        llama_perf_context_reset(ctx);
     }
-    if (status == SX_OK && e->n_layers == 0) {
+    if (status == SX_OK && e->layers.n == 0 && !e->layers.any_local) {
         status = sx_fail(SX_ERR_MODEL, "no layer writes rotated keys to a cache that this library recognises");
     }
     if (status == SX_OK) {
-        status = open_devices(e);
-    }
-    if (status == SX_OK) {
-        e->next_cell = allocate(e->n_layers, sizeof(int32_t));
+        e->next_cell = allocate(e->layers.n, sizeof(int32_t));
         status = e->next_cell ? SX_OK : sx_fail(SX_ERR_MEMORY, "out of memory");
     }
     e->fault = 0;
@@ -346,7 +252,7 @@ int32_t sx_engine_attach(sx_engine * e, struct llama_context * ctx) {
 // ---- positions -------------------------------------------------------------------------------------------------
 
 int32_t sx_engine_n_layers(const sx_engine * e) {
-    return e->n_layers;
+    return e->layers.n;
 }
 
 int32_t sx_engine_n_tokens(const sx_engine * e) {
@@ -378,17 +284,17 @@ int32_t sx_engine_set_key_positions(sx_engine * e, const int32_t * positions, in
     if (status != SX_OK) {
         return status;
     }
-    const int32_t old_frame = frame_of(e->positions, n), new_frame = frame_of(positions, n);
+    const int32_t old_frame = frame_of(e, e->positions, n), new_frame = frame_of(e, positions, n);
     int64_t n_changed = 0;
     for (int32_t k = 0; k < n; ++k) {
         e->delta[k] = (positions[k] - new_frame) - (e->positions[k] - old_frame);
         n_changed += e->delta[k] != 0;
     }
-    if (n_changed > 0) {
+    if (n_changed > 0 && e->layers.n > 0) {
         llama_synchronize(e->ctx);
         const int64_t began = ggml_time_us();
-        for (int d = 0; d < e->n_devices && status == SX_OK; ++d) {
-            status = sx_device_rotate(&e->devices[d], d, e->layers, e->n_layers, e->delta, n,
+        for (int d = 0; d < e->layers.n_devices && status == SX_OK; ++d) {
+            status = sx_device_rotate(&e->layers.device[d], d, e->layers.layer, e->layers.n, e->delta, n,
                     llama_n_threads_batch(e->ctx));
             // From the second device on, a failure leaves the first ones rotated.
             status = status == SX_ERR_MEMORY && d > 0 ? SX_ERR_DEVICE : status;
@@ -462,7 +368,7 @@ int32_t sx_engine_decode(sx_engine * e, struct llama_batch batch) {
         e->n_tokens = 0;
         return sx_fail(SX_ERR_CACHE, "llama.cpp holds %d tokens, the engine %d", n_held, n_cached);
     }
-    for (int l = 0; l < e->n_layers; ++l) {
+    for (int l = 0; l < e->layers.n; ++l) {
         e->next_cell[l] = n_cached;
     }
     e->checked_cells = NULL;
@@ -477,9 +383,9 @@ int32_t sx_engine_decode(sx_engine * e, struct llama_batch batch) {
         llama_memory_seq_rm(memory, 0, n_cached, -1);
         return sx_fail(rc == 2 ? SX_ERR_ABORTED : SX_ERR_DECODE, "llama_decode returned %d", rc);
     }
-    for (int l = 0; l < e->n_layers && e->fault == 0; ++l) {
+    for (int l = 0; l < e->layers.n && e->fault == 0; ++l) {
         if (e->next_cell[l] != n_total) {
-            fail_in_callback(e, sx_fail(SX_ERR_CACHE, "layer %d stored %d of %d keys", e->layers[l].index,
+            fail_in_callback(e, sx_fail(SX_ERR_CACHE, "layer %d stored %d of %d keys", e->layers.layer[l].index,
                     e->next_cell[l] - n_cached, batch.n_tokens));
         }
     }

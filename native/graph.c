@@ -18,26 +18,23 @@ struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * l
     return sscanf(cache->name, "cache_k_l%d", layer) == 1 ? cache : NULL;
 }
 
-static bool only_reshapes(const struct ggml_tensor * t) {
-    return t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
-           t->op == GGML_OP_TRANSPOSE || t->op == GGML_OP_CONT;
+// A product with an input of the graph is the Hadamard rotation of quantised keys, any other one a projection.
+static bool is_hadamard(const struct ggml_tensor * t) {
+    return t->op == GGML_OP_MUL_MAT && t->src[0]->op == GGML_OP_NONE && strstr(t->src[0]->name, "attn_inp_k_rot");
 }
 
 // Is there a RoPE between `t` and the projections (matrix products) that its values come from?
 // The search stops at the projections: behind them lies the residual stream with the RoPE of earlier layers.
-static bool rotated_somewhere(const struct ggml_tensor * t, int depth) {
-    if (!t || depth > 32 || t->op == GGML_OP_NONE || t->op == GGML_OP_MUL_MAT_ID || t->op == GGML_OP_GET_ROWS) {
+static bool is_rotated(const struct ggml_tensor * t, int depth) {
+    if (!t || depth > 32 || t->op == GGML_OP_NONE || t->op == GGML_OP_MUL_MAT_ID || t->op == GGML_OP_GET_ROWS ||
+            (t->op == GGML_OP_MUL_MAT && !is_hadamard(t))) {
         return false;
     }
     if (t->op == GGML_OP_ROPE) {
         return true;
     }
-    if (t->op == GGML_OP_MUL_MAT) {
-        // A product with an input of the graph is the Hadamard rotation of quantised keys, not a projection.
-        return t->src[0]->op == GGML_OP_NONE && strstr(t->src[0]->name, "k_rot") && rotated_somewhere(t->src[1], depth + 1);
-    }
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        if (rotated_somewhere(t->src[i], depth + 1)) {
+        if (is_rotated(t->src[i], depth + 1)) {
             return true;
         }
     }
@@ -55,24 +52,66 @@ static void read_rope(const struct ggml_tensor * node, struct sx_rope * rope) {
     // p[8] is the magnitude that a first rotation applies; a rotation of rotated keys must not repeat it.
     memcpy(&rope->beta_fast,  p + 9,  sizeof(float));
     memcpy(&rope->beta_slow,  p + 10, sizeof(float));
-    rope->n_offset     = p[15];
-    rope->head_dim     = node->ne[0];
-    rope->positions    = node->src[1];
+    rope->n_offset    += p[15];
     rope->freq_factors = node->src[2];
 }
 
+static bool same_elements(const struct ggml_tensor * a, const struct ggml_tensor * b) {
+    return ggml_nelements(a) == ggml_nelements(b) && ggml_is_contiguous(a) && ggml_is_contiguous(b);
+}
+
 enum sx_key_path sx_graph_key_rope(const struct ggml_tensor * node, struct sx_rope * rope, const char ** op) {
-    const struct ggml_tensor * t = node->src[0];
-    while (t && only_reshapes(t)) {
-        t = t->src[0];
-    }
-    if (t && t->op == GGML_OP_ROPE) {
-        read_rope(t, rope);
-        return SX_KEY_ROPE;
-    }
-    if (rotated_somewhere(t, 0)) {
-        *op = ggml_op_desc(t);
-        return SX_KEY_UNKNOWN;
+    *rope = (struct sx_rope) { 0 };
+    int64_t slice = 0;  // where heads are concatenated: elements of the rotated part
+    for (const struct ggml_tensor * t = node->src[0]; t;) {
+        if (!is_rotated(t, 0)) {
+            return SX_KEY_NO_ROPE;
+        }
+        const struct ggml_tensor * next = NULL;
+        switch (t->op) {
+            case GGML_OP_ROPE:
+                if (is_rotated(t->src[0], 0) || (slice && slice != t->ne[0])) {
+                    break;
+                }
+                rope->head_dim = slice ? rope->head_dim : t->ne[0];
+                read_rope(t, rope);
+                return SX_KEY_ROPE;
+            case GGML_OP_VIEW:
+            case GGML_OP_RESHAPE:
+            case GGML_OP_CONT:
+            case GGML_OP_CPY:
+                next = same_elements(t, t->src[0]) ? t->src[0] : NULL;
+                break;
+            case GGML_OP_MUL_MAT:
+                rope->n_hadamard = t->src[0]->ne[0];
+                next = slice ? NULL : t->src[1];
+                break;
+            case GGML_OP_CONCAT: {
+                // [other elements, rotated elements] of a head, or the other way round
+                const int rotated = is_rotated(t->src[1], 0);
+                if (t->op_params[0] == 0 && !is_rotated(t->src[!rotated], 0) && (!slice || slice == t->ne[0])) {
+                    rope->head_dim  = slice ? rope->head_dim : t->ne[0];
+                    rope->n_offset += rotated ? t->src[0]->ne[0] : 0;
+                    next  = t->src[rotated];
+                    slice = next->ne[0];
+                }
+                break;
+            }
+            case GGML_OP_REPEAT:  // one rotated part for all heads
+                next = t->ne[0] == t->src[0]->ne[0] ? t->src[0] : NULL;
+                break;
+            case GGML_OP_RMS_NORM:
+            case GGML_OP_L2_NORM:
+                next = t->src[0];  // a rotation keeps the length of what it rotates, so it commutes with these
+                break;
+            default:
+                break;
+        }
+        if (!next) {
+            *op = ggml_op_desc(t);
+            return SX_KEY_UNKNOWN;
+        }
+        t = next;
     }
     return SX_KEY_NO_ROPE;
 }

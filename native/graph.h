@@ -7,10 +7,11 @@
 
 #include "ggml.h"
 
-// RoPE of one layer, as its ggml node carries it; angles in radians per position.
+// How a layer rotates its keys, as its graph says; angles in radians per position.
 struct sx_rope {
+    int64_t head_dim;    // elements of a head of the cached key, rotated ones and others
     int32_t n_dims;      // rotated elements of a head
-    int32_t n_offset;    // first rotated element
+    int32_t n_offset;    // first rotated element of a head
     int32_t mode;        // GGML_ROPE_TYPE_NORMAL or GGML_ROPE_TYPE_NEOX
     int32_t n_ctx_orig;  // YaRN's original context
     float   freq_base;
@@ -18,8 +19,7 @@ struct sx_rope {
     float   ext_factor;  // YaRN mix, 0 = none
     float   beta_fast;
     float   beta_slow;
-    int64_t head_dim;    // elements of a head
-    const struct ggml_tensor * positions;     // (n_tokens) int32, the node's input
+    int64_t n_hadamard;  // size of the Hadamard blocks that quantised keys are multiplied with after RoPE, 0 = none
     const struct ggml_tensor * freq_factors;  // (n_dims / 2) float, or NULL
 };
 
@@ -27,7 +27,7 @@ struct sx_rope {
 struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * layer);
 
 enum sx_key_path {
-    SX_KEY_ROPE,     // rotated last thing before the cache: *rope is set
+    SX_KEY_ROPE,     // rotated, and all that happens between RoPE and cache is known: *rope is set
     SX_KEY_NO_ROPE,  // never rotated
     SX_KEY_UNKNOWN,  // rotated, but something this library does not know happens afterwards: *op says what
 };

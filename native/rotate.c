@@ -63,6 +63,7 @@ static int32_t cut(const int32_t * delta, int32_t n_rows, int32_t longest, struc
     return n;
 }
 
+// ggml's RoPE takes these types as they are; any other is cast to f32, rotated and written back.
 static bool rope_takes(enum ggml_type type) {
     return type == GGML_TYPE_F32 || type == GGML_TYPE_F16;
 }
@@ -75,24 +76,45 @@ static struct ggml_tensor * rope_rows(
     struct ggml_tensor * rotated = ggml_rope_ext_inplace(ctx, rows, positions, freq_factors, rope->n_dims, rope->mode,
             rope->n_ctx_orig, rope->freq_base, rope->freq_scale, rope->ext_factor, attn_factor,
             rope->beta_fast, rope->beta_slow);
-    return rope->n_offset ? ggml_rope_set_offset(rotated, rope->n_offset) : rotated;
+    return ggml_rope_set_offset(rotated, rope->n_offset);
 }
 
+// The product with a Hadamard matrix, which is its own inverse.
+static struct ggml_tensor * hadamard_product(
+        struct ggml_context * ctx, struct ggml_tensor * hadamard, struct ggml_tensor * x) {
+    const int64_t n = hadamard->ne[0];
+    struct ggml_tensor * y = ggml_mul_mat(ctx, hadamard, ggml_reshape_2d(ctx, x, n, ggml_nelements(x) / n));
+    ggml_mul_mat_set_hint(y, GGML_HINT_SRC0_IS_HADAMARD);
+    return ggml_reshape_3d(ctx, y, x->ne[0], x->ne[1], x->ne[2]);
+}
+
+// Inputs of a layer's rotation: tensors of the graph, NULL where the layer has no use for them.
+struct inputs {
+    struct ggml_tensor * freq_factors;  // (n_dims / 2) float
+    struct ggml_tensor * hadamard;      // (n_hadamard, n_hadamard) float
+};
+
+enum { TENSORS_PER_SEGMENT = 12 };  // most that rotate_segment creates
+
 static struct ggml_tensor * rotate_segment(
-        struct ggml_context * ctx, const struct sx_layer * layer, const struct segment * s,
-        struct ggml_tensor * freq_factors) {
+        struct ggml_context * ctx, const struct sx_layer * layer, const struct segment * s, struct inputs in) {
     struct ggml_tensor * keys = layer->keys;
     const int64_t head_dim = layer->rope.head_dim, n_heads = keys->ne[0] / head_dim, n_rows = s->end - s->begin;
     const size_t head_size = ggml_row_size(keys->type, head_dim), row_size = keys->nb[1];
     // With one delta for all rows, every (row, head) pair is a head of a single token: one sine table.
-    struct ggml_tensor * rows = s->uniform
-        ? ggml_view_3d(ctx, keys, head_dim, n_heads * n_rows, 1, head_size, row_size * n_rows, s->begin * row_size)
-        : ggml_view_3d(ctx, keys, head_dim, n_heads, n_rows, head_size, row_size, s->begin * row_size);
+    const int64_t heads = s->uniform ? n_heads * n_rows : n_heads, tokens = s->uniform ? 1 : n_rows;
     if (rope_takes(keys->type)) {
-        return rope_rows(ctx, rows, s->positions, freq_factors, &layer->rope);
+        struct ggml_tensor * rows = ggml_view_3d(ctx, keys, head_dim, heads, tokens, head_size, head_size * heads,
+                s->begin * row_size);
+        return rope_rows(ctx, rows, s->positions, in.freq_factors, &layer->rope);
     }
-    struct ggml_tensor * wide = ggml_cast(ctx, rows, GGML_TYPE_F32);
-    return ggml_cpy(ctx, rope_rows(ctx, wide, s->positions, freq_factors, &layer->rope), rows);
+    // Whole rows: a head may be no whole number of quantisation blocks.
+    struct ggml_tensor * rows = ggml_view_2d(ctx, keys, keys->ne[0], n_rows, row_size, s->begin * row_size);
+    struct ggml_tensor * wide = ggml_reshape_3d(ctx, ggml_cast(ctx, rows, GGML_TYPE_F32), head_dim, heads, tokens);
+    wide = in.hadamard ? hadamard_product(ctx, in.hadamard, wide) : wide;
+    wide = rope_rows(ctx, wide, s->positions, in.freq_factors, &layer->rope);
+    wide = in.hadamard ? hadamard_product(ctx, in.hadamard, wide) : wide;
+    return ggml_cpy(ctx, wide, rows);
 }
 
 static struct ggml_context * graph_context(size_t n_tensors) {
@@ -101,6 +123,41 @@ static struct ggml_context * graph_context(size_t n_tensors) {
         .mem_buffer = NULL,
         .no_alloc   = true,
     });
+}
+
+static struct ggml_tensor * new_input(struct ggml_tensor * t) {
+    ggml_set_input(t);
+    return t;
+}
+
+static struct inputs new_inputs(struct ggml_context * ctx, const struct sx_layer * layer) {
+    const int64_t n = layer->rope.n_hadamard;
+    return (struct inputs) {
+        .freq_factors = layer->freq_factors
+            ? new_input(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, layer->rope.n_dims / 2)) : NULL,
+        .hadamard = n ? new_input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n)) : NULL,
+    };
+}
+
+// Sylvester's matrix, scaled to be orthonormal, as llama.cpp uses it.
+static bool set_hadamard(struct ggml_tensor * t) {
+    const int64_t n = t->ne[0];
+    float * values = malloc(n * n * sizeof(float));
+    if (!values) {
+        return false;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            bool negative = false;
+            for (int64_t common = i & j; common; common &= common - 1) {
+                negative = !negative;
+            }
+            values[i * n + j] = (negative ? -1.0f : 1.0f) / sqrtf((float) n);
+        }
+    }
+    ggml_backend_tensor_set(t, values, 0, ggml_nbytes(t));
+    free(values);
+    return true;
 }
 
 int sx_device_init(struct sx_device * device, const struct sx_layer * layer) {
@@ -112,14 +169,17 @@ int sx_device_init(struct sx_device * device, const struct sx_layer * layer) {
         : ggml_backend_buft_get_device(device->buffer_type);
     device->backend   = owner ? ggml_backend_dev_init(owner, NULL) : NULL;
     device->allocator = device->backend ? ggml_gallocr_new(ggml_backend_get_default_buffer_type(device->backend)) : NULL;
-    struct ggml_context * ctx = graph_context(16);
+    struct ggml_context * ctx = graph_context(2 * TENSORS_PER_SEGMENT);
     if (!device->allocator || !ctx) {
         ggml_free(ctx);
         return sx_fail(SX_ERR_DEVICE, "cannot open the device that holds the keys of layer %d", layer->index);
     }
     const struct segment probe = { 0, 1, true, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1) };
-    struct ggml_tensor * rotated = rotate_segment(ctx, layer, &probe, NULL);
-    const bool supported = ggml_backend_supports_op(device->backend, rotated);
+    rotate_segment(ctx, layer, &probe, new_inputs(ctx, layer));
+    bool supported = true;
+    for (struct ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        supported = supported && (t->op == GGML_OP_NONE || ggml_backend_supports_op(device->backend, t));
+    }
     ggml_free(ctx);
     if (!supported) {
         return sx_fail(SX_ERR_DEVICE, "%s cannot rotate %s keys", ggml_backend_name(device->backend),
@@ -142,32 +202,26 @@ static void set_n_threads(ggml_backend_t backend, int n_threads) {
     }
 }
 
-static struct ggml_tensor * new_input(struct ggml_context * ctx, enum ggml_type type, int64_t n) {
-    struct ggml_tensor * t = ggml_new_tensor_1d(ctx, type, n);
-    ggml_set_input(t);
-    return t;
-}
-
 static int rotate(
         struct sx_device * device, int device_index, const struct sx_layer * layers, int n_layers,
-        const int32_t * delta, struct segment * segments, int32_t n_segments, struct ggml_tensor ** freq_factors) {
-    // Per operation: view, cast, rope, offset view, copy; plus the inputs.
-    const size_t n_tensors = (size_t) n_segments * (5 * (size_t) n_layers + 1) + n_layers;
+        const int32_t * delta, struct segment * segments, int32_t n_segments, struct inputs * inputs) {
+    const size_t n_tensors = (size_t) n_segments * (TENSORS_PER_SEGMENT * (size_t) n_layers + 1) + 2 * (size_t) n_layers;
     struct ggml_context * ctx = graph_context(n_tensors);
     if (!ctx) {
         return sx_fail(SX_ERR_MEMORY, "out of memory for a graph of %zu tensors", n_tensors);
     }
     struct ggml_cgraph * graph = ggml_new_graph_custom(ctx, n_tensors, false);
     for (int32_t i = 0; i < n_segments; ++i) {
-        segments[i].positions = new_input(ctx, GGML_TYPE_I32, segments[i].uniform ? 1 : segments[i].end - segments[i].begin);
+        const int64_t n = segments[i].uniform ? 1 : segments[i].end - segments[i].begin;
+        segments[i].positions = new_input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n));
     }
     for (int l = 0; l < n_layers; ++l) {
         if (layers[l].device != device_index) {
             continue;
         }
-        freq_factors[l] = layers[l].freq_factors ? new_input(ctx, GGML_TYPE_F32, layers[l].rope.n_dims / 2) : NULL;
+        inputs[l] = new_inputs(ctx, &layers[l]);
         for (int32_t i = 0; i < n_segments; ++i) {
-            ggml_build_forward_expand(graph, rotate_segment(ctx, &layers[l], &segments[i], freq_factors[l]));
+            ggml_build_forward_expand(graph, rotate_segment(ctx, &layers[l], &segments[i], inputs[l]));
         }
     }
     if (!ggml_gallocr_alloc_graph(device->allocator, graph)) {
@@ -179,8 +233,12 @@ static int rotate(
         ggml_backend_tensor_set(t, delta + segments[i].begin, 0, ggml_nbytes(t));
     }
     for (int l = 0; l < n_layers; ++l) {
-        if (layers[l].device == device_index && freq_factors[l]) {
-            ggml_backend_tensor_set(freq_factors[l], layers[l].freq_factors, 0, ggml_nbytes(freq_factors[l]));
+        if (inputs[l].freq_factors) {
+            ggml_backend_tensor_set(inputs[l].freq_factors, layers[l].freq_factors, 0, ggml_nbytes(inputs[l].freq_factors));
+        }
+        if (inputs[l].hadamard && !set_hadamard(inputs[l].hadamard)) {
+            ggml_free(ctx);
+            return sx_fail(SX_ERR_MEMORY, "out of memory");
         }
     }
     const enum ggml_status status = ggml_backend_graph_compute(device->backend, graph);
@@ -205,16 +263,16 @@ int sx_device_rotate(
         return SX_OK;
     }
     struct segment * segments = malloc(n_segments * sizeof(*segments));
-    struct ggml_tensor ** freq_factors = calloc(n_layers, sizeof(*freq_factors));
+    struct inputs * inputs = calloc(n_layers, sizeof(*inputs));
     int status = SX_ERR_MEMORY;
-    if (segments && freq_factors) {
+    if (segments && inputs) {
         cut(delta, n_rows, longest, segments);
         set_n_threads(device->backend, n_threads);
-        status = rotate(device, device_index, layers, n_layers, delta, segments, n_segments, freq_factors);
+        status = rotate(device, device_index, layers, n_layers, delta, segments, n_segments, inputs);
     } else {
         sx_fail(status, "out of memory for rotating %d rows", n_rows);
     }
-    free(freq_factors);
+    free(inputs);
     free(segments);
     return status;
 }

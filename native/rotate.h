@@ -12,9 +12,9 @@
 struct sx_layer {
     int                  index;         // layer number of the model
     struct ggml_tensor * keys;          // (n_cells, n_heads * head_dim), owned by the llama_context
-    struct sx_rope       rope;          // rope.positions and rope.freq_factors are not kept
+    struct sx_rope       rope;          // rope.freq_factors is not kept; n_dims 0 = keys without RoPE
     float              * freq_factors;  // (n_dims / 2) host copy, or NULL
-    int                  device;        // index into the devices
+    int                  device;        // index into the devices, -1 = keys without RoPE
 };
 
 struct sx_device {
@@ -28,7 +28,8 @@ int  sx_device_init(struct sx_device * device, const struct sx_layer * layer);
 void sx_device_free(struct sx_device * device);
 
 /*
- * Rotate rows r of the keys of all layers on `device` by delta[r] positions; rows with delta 0 keep their values.
+ * Rotate rows r of the keys of all layers on `device` by delta[r] positions. Rows with delta 0 keep their values,
+ * up to one more rounding for types that ggml cannot rotate in place (bf16 and the quantised ones).
  * delta: (n_rows) int32. `layers`: (n_layers), those of other devices are skipped.
  * SX_ERR_MEMORY: nothing changed. SX_ERR_DEVICE: unknown state.
  */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import llama_cpp
 import llama_cpp._internals as internals
 
 from selfextend_gguf._native import Engine
@@ -31,10 +32,18 @@ class SelfExtendContext:
         self._engine.decode(batch.batch)
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        """Remove tokens [p0, p1); only an end of the text can go (p1 = -1)."""
+        """Remove tokens [p0, p1); only an end of the text can go (p1 = -1).
+
+        False, and nothing removed, if the tokens before p0 would lack what sliding-window layers forgot already.
+        """
         p0 = max(p0, 0)
         if 0 <= p1 < self._engine.n_tokens and p0 < p1:
             raise SelfExtendError(f"Self-Extend cannot remove tokens {p0} to {p1} from the middle of the cache")
+        if 0 < p0 < self._engine.n_tokens:
+            window = llama_cpp.llama_model_n_swa(self._context.model.model)
+            oldest = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self._context.ctx), 0)
+            if oldest > max(0, p0 - window + 1):
+                return False
         removed = self._context.kv_cache_seq_rm(seq_id, p0, p1)
         if removed:
             self._engine.truncate(p0)

@@ -27,12 +27,12 @@ from selfextend_gguf.errors import (
     UnknownArgumentError,
     UnsupportedModelError,
 )
-from selfextend_gguf.model_info import kv_cache_bytes, model_file_error, set_log_level
+from selfextend_gguf.kv_cache import KV_TYPES, is_quantised, kv_cache_bytes
+from selfextend_gguf.model_info import model_file_error, set_log_level
 
 # llama.cpp rounds a context up to a multiple of this; llama_cpp.Llama sizes its token array without rounding.
 _CELL_MULTIPLE = 256
 _SMALL_STEP = 256  # tokens
-_PLAIN_TYPES = (llama_cpp.GGML_TYPE_F32, llama_cpp.GGML_TYPE_F16, 30)  # 30 = bf16, which llama_cpp does not name
 _PARENT_ARGUMENTS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "kwargs"}
 
 
@@ -169,11 +169,11 @@ class Llama(llama_cpp.Llama):
         """Where nobody chose: llama.cpp's automatic choice, except where it is known to be the worse one."""
         params = self.context_params
         # llama.cpp's flash attention rounds f32 keys and values to f16 first: not for those who asked for f32.
-        wants_f32 = llama_cpp.GGML_TYPE_F32 in (params.type_k, params.type_v)
+        wants_f32 = KV_TYPES["f32"] in (params.type_k, params.type_v)
         # On the CPU it needs many queries at once: steps of 64 take 1.4 times as long with it as without.
         small_steps_on_cpu = longest_step < _SMALL_STEP and self.model_params.n_gpu_layers == 0
         # Quantised values exist with flash attention only.
-        needs_it = params.type_v not in _PLAIN_TYPES
+        needs_it = is_quantised(params.type_v)
         if self._flash_attn is None and (needs_it or not (wants_f32 or small_steps_on_cpu)):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
 
@@ -204,7 +204,11 @@ class Llama(llama_cpp.Llama):
         n_new = len(tokens)
         if self.n_tokens + n_new > self._n_ctx:
             raise ContextFullError(f"Requested tokens ({self.n_tokens + n_new}) exceed context window of {self._n_ctx}")
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+            raise EngineError(
+                f"with swa_full=False the sliding-window layers no longer hold what came before token {self.n_tokens}: "
+                "call reset() and evaluate the text again"
+            )
         done = 0
         while done < n_new:
             step = min(self.n_batch, n_new - done)

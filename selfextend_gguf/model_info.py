@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -14,6 +12,7 @@ from llama_cpp._logger import logger, set_verbose
 
 from selfextend_gguf._native import EVAL_CALLBACK, Engine
 from selfextend_gguf.errors import ModelFileError, UnsupportedModelError
+from selfextend_gguf.kv_cache import kv_cache_bytes
 
 _MAGIC = b"GGUF"
 
@@ -63,32 +62,6 @@ def load_model(path: str | Path, *, vocab_only: bool, verbose: bool = False) -> 
         return internals.LlamaModel(path_model=str(path), params=params, verbose=verbose)
     except ValueError as error:
         raise model_file_error(path) from error
-
-
-def kv_cache_bytes(metadata: Mapping[str, str], n_ctx: int, type_k: int, type_v: int) -> int:
-    """Size of a KV cache of `n_ctx` tokens, in bytes; `type_k` and `type_v` are ggml types."""
-    arch = metadata["general.architecture"]
-
-    def number(key: str, default: int) -> int:
-        return int(metadata.get(f"{arch}.{key}", default))
-
-    n_layer = number("block_count", 0)
-    n_embd, n_head = number("embedding_length", 0), max(1, _per_layer(metadata, f"{arch}.attention.head_count", 1)[0])
-    head_k = number("attention.key_length", n_embd // n_head)
-    head_v = number("attention.value_length", n_embd // n_head)
-    heads = _per_layer(metadata, f"{arch}.attention.head_count_kv", n_head)
-    heads = heads * n_layer if len(heads) == 1 else heads
-
-    def row(elements: int, ggml_type: int) -> int:
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
-        return -(-elements // block) * size
-
-    return n_ctx * sum(row(h * head_k, type_k) + row(h * head_v, type_v) for h in heads if h > 0)
-
-
-def _per_layer(metadata: Mapping[str, str], key: str, default: int) -> list[int]:
-    value = json.loads(metadata.get(key, str(default)))
-    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
 
 
 class ModelInfo:
@@ -158,8 +131,13 @@ class ModelInfo:
         """Tokens of UTF-8 `text`, special tokens recognised, as a completion would see them."""
         return self.model.tokenize(text, add_bos, True)
 
-    def why_not_extended(self) -> str | None:
-        """Why Self-Extend cannot extend this model, or None if it can.
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        return int(self.metadata.get(f"{self.architecture}.block_count", 0))
+
+    def examine(self) -> tuple[str | None, int]:
+        """Why Self-Extend cannot extend this model (None if it can), and the number of layers whose keys it rewrites.
 
         Loads the model and decodes one token, so that the answer is the engine's own.
         """
@@ -173,11 +151,11 @@ class ModelInfo:
         try:
             context = internals.LlamaContext(model=model, params=params, verbose=self._verbose)
             engine.attach(context.ctx)
+            return None, engine.n_layers
         except UnsupportedModelError as error:
-            return str(error)
+            return str(error), 0
         except ValueError:
-            return "llama.cpp cannot create a context for it"
+            return "llama.cpp cannot create a context for it", 0
         finally:
             model.close()  # frees the context first
             engine.close()
-        return None

@@ -8,7 +8,6 @@ import numpy as np
 from selfextend_gguf.tiny.model_file import LlamaShape
 
 F32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-BF16 = {"type_k": 30, "type_v": 30}  # GGML_TYPE_BF16, which llama_cpp does not name
 F16 = {"type_k": llama_cpp.GGML_TYPE_F16, "type_v": llama_cpp.GGML_TYPE_F16}
 
 # Unrelated shapes: head sizes 32, 64 and 128, grouped-query attention of 1, 2 and 4 heads, both kinds of RoPE.

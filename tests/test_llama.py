@@ -18,6 +18,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from selfextend_gguf import Llama, SelfExtendError
 from selfextend_gguf._native import schedule_step
 from selfextend_gguf.errors import ConfigError, ContextFullError, StateError, UnsupportedModelError
+from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.models import TINY_MODEL
 
 LONG = 1500  # tokens; the bundled model is trained on 256
@@ -278,6 +279,26 @@ def test_grouped_keys_are_refused_by_a_context_within_the_trained_one():
         short.load_state(long.save_state())
 
 
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_quantised_caches_roll_back_and_restore(kind):
+    """Keys come back from a rollback or a saved state rounded once more, not otherwise."""
+    tokens = random_tokens(900, seed=2)
+    arguments = {"type_k": KV_TYPES[kind], "type_v": KV_TYPES[kind], "logits_all": True, "verbose": False}
+    llm = Llama(str(TINY_MODEL), n_ctx=1024, **arguments)
+    llm.eval(tokens)
+    fresh = llm.scores[899].copy()
+    llm.n_tokens = 300
+    llm.eval(tokens[300:])
+    assert relative_error(llm.scores[899], fresh) < {"q8_0": 0.05, "q4_0": 0.5}[kind]
+
+    other = Llama(str(TINY_MODEL), n_ctx=1024, **arguments)
+    other.load_state(llm.save_state())
+    assert np.array_equal(other.key_positions, llm.key_positions)
+    llm.eval(tokens[:90])
+    other.eval(tokens[:90])
+    assert np.array_equal(other.scores[900:990], llm.scores[900:990])
+
+
 # ---- errors --------------------------------------------------------------------------------------------------
 
 
@@ -285,14 +306,6 @@ def test_unknown_arguments_are_an_error():
     for kind in (ConfigError, TypeError):
         with pytest.raises(kind, match="unknown argument: grp_attn_n"):
             Llama(str(TINY_MODEL), n_ctx=512, grp_attn_n=4)
-
-
-@pytest.mark.parametrize("kind", [llama_cpp.GGML_TYPE_Q8_0, llama_cpp.GGML_TYPE_Q4_0])
-def test_quantised_keys_are_refused_beyond_the_trained_context(kind):
-    with pytest.raises(UnsupportedModelError, match="use f16, bf16 or f32"):
-        Llama(str(TINY_MODEL), n_ctx=512, type_k=kind, verbose=False)
-    Llama(str(TINY_MODEL), n_ctx=512, type_v=kind, flash_attn=True, verbose=False).eval(random_tokens(400))
-    Llama(str(TINY_MODEL), n_ctx=256, type_k=kind, verbose=False).eval(random_tokens(200))
 
 
 def test_too_many_tokens_are_refused_before_anything_is_read():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from selfextend_gguf.kv_cache import KV_TYPES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,7 +23,7 @@ def build(tmp_path_factory) -> Path:
         [cmake, "-S", ROOT, "-B", folder, "-DSELFEXTEND_NATIVE_TESTS=ON", f"-DPython_EXECUTABLE={sys.executable}"],
         check=True,
     )
-    subprocess.run([cmake, "--build", folder, "--target", "test_schedule", "test_engine"], check=True)
+    subprocess.run([cmake, "--build", folder, "--target", "test_schedule", "test_layers", "test_engine"], check=True)
     return folder / "tests" / "native"
 
 
@@ -34,7 +36,8 @@ def test_schedule(build):
     run(build / "test_schedule")
 
 
-@pytest.mark.parametrize("key_type", [0, 1, 30], ids=["f32", "f16", "bf16"])
+@pytest.mark.parametrize("program", ["test_layers", "test_engine"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("name", ["norm-32", "neox-64"])
-def test_engine(build, model, name, key_type):
-    run(build / "test_engine", model(name), str(key_type))
+def test_on_a_model(build, model, program, name, kind):
+    run(build / program, model(name), str(KV_TYPES[kind]))

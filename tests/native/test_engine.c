@@ -1,5 +1,5 @@
 // An engine's whole life on a real model: attach, read beyond the trained context, roll back, refuse, free.
-// usage: test_engine MODEL.gguf K_TYPE, with K_TYPE 0 = f32, 1 = f16, 30 = bf16
+// usage: test_engine MODEL.gguf K_TYPE, with K_TYPE a number of enum ggml_type
 #include <string.h>
 
 #include "check.h"

@@ -1,0 +1,59 @@
+"""What a KV cache may consist of, and how large it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import gguf
+import llama_cpp
+
+# Names as llama.cpp's -ctk and -ctv take them. llama_cpp does not name bf16, number 30 of ggml.
+KV_TYPES: dict[str, int] = {
+    "f32": llama_cpp.GGML_TYPE_F32,
+    "f16": llama_cpp.GGML_TYPE_F16,
+    "bf16": 30,
+    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
+    "q5_1": llama_cpp.GGML_TYPE_Q5_1,
+    "q5_0": llama_cpp.GGML_TYPE_Q5_0,
+    "q4_1": llama_cpp.GGML_TYPE_Q4_1,
+    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
+}
+
+
+def is_quantised(ggml_type: int | None) -> bool:
+    """Is it a type of blocks with a common scale? None is llama.cpp's default, f16."""
+    return ggml_type not in (None, KV_TYPES["f32"], KV_TYPES["f16"], KV_TYPES["bf16"])
+
+
+def type_name(ggml_type: int) -> str:
+    """ggml's name of a type, e.g. "q8_0"."""
+    return gguf.GGMLQuantizationType(ggml_type).name.lower()
+
+
+def kv_cache_bytes(metadata: Mapping[str, str], n_ctx: int, type_k: int, type_v: int) -> int:
+    """Size of a KV cache of `n_ctx` tokens, in bytes; `type_k` and `type_v` are ggml types."""
+    arch = metadata["general.architecture"]
+
+    def number(key: str, default: int) -> int:
+        return int(metadata.get(f"{arch}.{key}", default))
+
+    n_layer = number("block_count", 0)
+    n_embd, n_head = number("embedding_length", 0), max(1, _per_layer(metadata, f"{arch}.attention.head_count", 1)[0])
+    head_k = number("attention.key_length", n_embd // n_head)
+    head_v = number("attention.value_length", n_embd // n_head)
+    if f"{arch}.attention.key_length_mla" in metadata:
+        head_v = 0  # latent attention: values are part of the cached keys
+    heads = _per_layer(metadata, f"{arch}.attention.head_count_kv", n_head)
+    heads = heads * n_layer if len(heads) == 1 else heads
+
+    def row(elements: int, ggml_type: int) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
+        return -(-elements // block) * size
+
+    return n_ctx * sum(row(h * head_k, type_k) + row(h * head_v, type_v) for h in heads if h > 0)
+
+
+def _per_layer(metadata: Mapping[str, str], key: str, default: int) -> list[int]:
+    value = json.loads(metadata.get(key, str(default)))
+    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
