@@ -172,27 +172,30 @@ static bool reads_positions_outside_rope(const struct ggml_tensor * node) {
     return false;
 }
 
+static void find_layers(sx_engine * e, const struct ggml_tensor * node) {
+    const int status = reads_positions_outside_rope(node)
+        ? sx_fail(SX_ERR_MODEL, "positions are used outside RoPE (by %s)", ggml_op_desc(node))
+        : sx_layers_look_at(&e->layers, node);
+    if (status != SX_OK) {
+        fail_in_callback(e, status);
+    }
+}
+
 bool sx_engine_eval_callback(struct ggml_tensor * node, bool ask, void * user_data) {
     sx_engine * e = user_data;
+    int layer = 0;
     if (!ask || !(e->finding || e->decoding) || e->fault) {
         return false;
     }
-    if (e->finding && reads_positions_outside_rope(node)) {
-        fail_in_callback(e, sx_fail(SX_ERR_MODEL, "positions are used outside RoPE (by %s)", ggml_op_desc(node)));
-    }
-    if (node->op == GGML_OP_ROPE && e->decoding) {
+    if (e->finding) {
+        find_layers(e, node);
+    } else if (node->op == GGML_OP_ROPE) {
         move_into_frame(e, node->src[1]);
-        return false;
-    }
-    int layer = 0;
-    struct ggml_tensor * keys = sx_graph_key_cache(node, &layer);
-    if (keys && e->finding) {
-        const int status = sx_layers_collect(&e->layers, node, keys, layer);
-        if (status != SX_OK) {
-            fail_in_callback(e, status);
+    } else {
+        const struct ggml_tensor * keys = sx_graph_key_cache(node, &layer);
+        if (keys) {
+            check_cells(e, node, keys);
         }
-    } else if (keys) {
-        check_cells(e, node, keys);
     }
     return false;
 }
@@ -253,6 +256,10 @@ int32_t sx_engine_attach(sx_engine * e, struct llama_context * ctx) {
 
 int32_t sx_engine_n_layers(const sx_engine * e) {
     return e->layers.n;
+}
+
+const char * sx_engine_device_name(const sx_engine * e, int32_t i) {
+    return i >= 0 && i < e->layers.n_devices ? ggml_backend_name(e->layers.device[i].backend) : NULL;
 }
 
 int32_t sx_engine_n_tokens(const sx_engine * e) {

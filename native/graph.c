@@ -1,6 +1,7 @@
 #include "graph.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static struct ggml_tensor * root_of(struct ggml_tensor * t) {
@@ -18,6 +19,43 @@ struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * l
     return sscanf(cache->name, "cache_k_l%d", layer) == 1 ? cache : NULL;
 }
 
+bool sx_trail_note(struct sx_trail * trail, const struct ggml_tensor * node) {
+    if (trail->n == trail->capacity) {
+        const int capacity = trail->capacity ? 2 * trail->capacity : 1024;
+        const struct ggml_tensor ** nodes = realloc(trail->nodes, capacity * sizeof(*nodes));
+        if (!nodes) {
+            return false;
+        }
+        trail->nodes    = nodes;
+        trail->capacity = capacity;
+    }
+    trail->nodes[trail->n++] = node;
+    return true;
+}
+
+void sx_trail_free(struct sx_trail * trail) {
+    free(trail->nodes);
+    *trail = (struct sx_trail) { 0 };
+}
+
+// The node that `t` is a copy of, if it is one: copies are called DEVICE#NAME#NUMBER, cut to the longest name.
+static const struct ggml_tensor * origin(const struct sx_trail * trail, const struct ggml_tensor * t) {
+    const char * name = t->op == GGML_OP_NONE ? strchr(t->name, '#') : NULL;
+    if (!name) {
+        return t;
+    }
+    name++;
+    const char * number = strrchr(name, '#');
+    const size_t length = number ? (size_t) (number - name) : strlen(name);
+    for (int i = trail->n - 1; i >= 0; --i) {
+        const char * candidate = trail->nodes[i]->name;
+        if (strncmp(candidate, name, length) == 0 && (!number || candidate[length] == '\0')) {
+            return trail->nodes[i];
+        }
+    }
+    return t;
+}
+
 // A product with an input of the graph is the Hadamard rotation of quantised keys, any other one a projection.
 static bool is_hadamard(const struct ggml_tensor * t) {
     return t->op == GGML_OP_MUL_MAT && t->src[0]->op == GGML_OP_NONE && strstr(t->src[0]->name, "attn_inp_k_rot");
@@ -25,16 +63,19 @@ static bool is_hadamard(const struct ggml_tensor * t) {
 
 // Is there a RoPE between `t` and the projections (matrix products) that its values come from?
 // The search stops at the projections: behind them lies the residual stream with the RoPE of earlier layers.
-static bool is_rotated(const struct ggml_tensor * t, int depth) {
-    if (!t || depth > 32 || t->op == GGML_OP_NONE || t->op == GGML_OP_MUL_MAT_ID || t->op == GGML_OP_GET_ROWS ||
-            (t->op == GGML_OP_MUL_MAT && !is_hadamard(t))) {
+static bool is_rotated(const struct sx_trail * trail, const struct ggml_tensor * t, int depth) {
+    if (!t || depth > 32) {
         return false;
     }
+    t = origin(trail, t);
     if (t->op == GGML_OP_ROPE) {
         return true;
     }
+    if (t->op == GGML_OP_MUL_MAT_ID || t->op == GGML_OP_GET_ROWS || (t->op == GGML_OP_MUL_MAT && !is_hadamard(t))) {
+        return false;
+    }
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        if (is_rotated(t->src[i], depth + 1)) {
+        if (is_rotated(trail, t->src[i], depth + 1)) {
             return true;
         }
     }
@@ -60,17 +101,19 @@ static bool same_elements(const struct ggml_tensor * a, const struct ggml_tensor
     return ggml_nelements(a) == ggml_nelements(b) && ggml_is_contiguous(a) && ggml_is_contiguous(b);
 }
 
-enum sx_key_path sx_graph_key_rope(const struct ggml_tensor * node, struct sx_rope * rope, const char ** op) {
+enum sx_key_path sx_graph_key_rope(
+        const struct sx_trail * trail, const struct ggml_tensor * node, struct sx_rope * rope, const char ** op) {
     *rope = (struct sx_rope) { 0 };
     int64_t slice = 0;  // where heads are concatenated: elements of the rotated part
     for (const struct ggml_tensor * t = node->src[0]; t;) {
-        if (!is_rotated(t, 0)) {
+        t = origin(trail, t);
+        if (!is_rotated(trail, t, 0)) {
             return SX_KEY_NO_ROPE;
         }
         const struct ggml_tensor * next = NULL;
         switch (t->op) {
             case GGML_OP_ROPE:
-                if (is_rotated(t->src[0], 0) || (slice && slice != t->ne[0])) {
+                if (is_rotated(trail, t->src[0], 0) || (slice && slice != t->ne[0])) {
                     break;
                 }
                 rope->head_dim = slice ? rope->head_dim : t->ne[0];
@@ -88,8 +131,8 @@ enum sx_key_path sx_graph_key_rope(const struct ggml_tensor * node, struct sx_ro
                 break;
             case GGML_OP_CONCAT: {
                 // [other elements, rotated elements] of a head, or the other way round
-                const int rotated = is_rotated(t->src[1], 0);
-                if (t->op_params[0] == 0 && !is_rotated(t->src[!rotated], 0) && (!slice || slice == t->ne[0])) {
+                const int rotated = is_rotated(trail, t->src[1], 0);
+                if (t->op_params[0] == 0 && !is_rotated(trail, t->src[!rotated], 0) && (!slice || slice == t->ne[0])) {
                     rope->head_dim  = slice ? rope->head_dim : t->ne[0];
                     rope->n_offset += rotated ? t->src[0]->ne[0] : 0;
                     next  = t->src[rotated];

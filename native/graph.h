@@ -26,13 +26,25 @@ struct sx_rope {
 // The K tensor (row = cell) that `node` writes keys to, and its layer number; NULL for any other node.
 struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * layer);
 
+// The nodes of a graph, noted while it runs. A graph that runs on several devices is cut where it changes device, and
+// what flows on is a copy without a source: its name leads back to the node that was copied.
+struct sx_trail {
+    const struct ggml_tensor ** nodes;  // (n), in the order of execution
+    int n, capacity;
+};
+
+// Note a node; false: out of memory.
+bool sx_trail_note(struct sx_trail * trail, const struct ggml_tensor * node);
+void sx_trail_free(struct sx_trail * trail);
+
 enum sx_key_path {
     SX_KEY_ROPE,     // rotated, and all that happens between RoPE and cache is known: *rope is set
     SX_KEY_NO_ROPE,  // never rotated
     SX_KEY_UNKNOWN,  // rotated, but something this library does not know happens afterwards: *op says what
 };
 
-// Follow the keys that `node` (see above) writes back to their RoPE.
-enum sx_key_path sx_graph_key_rope(const struct ggml_tensor * node, struct sx_rope * rope, const char ** op);
+// Follow the keys that `node` (see sx_graph_key_cache) writes back to their RoPE. `trail` holds the nodes before it.
+enum sx_key_path sx_graph_key_rope(
+        const struct sx_trail * trail, const struct ggml_tensor * node, struct sx_rope * rope, const char ** op);
 
 #endif

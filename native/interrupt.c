@@ -23,16 +23,6 @@ static bool is_interrupted(void * unused) {
     return interrupted != 0;
 }
 
-static void drop(enum ggml_log_level level, const char * text, void * unused) {
-    (void) level;
-    (void) text;
-    (void) unused;
-}
-
-void sx_log_silence(void) {
-    llama_log_set(drop, NULL);
-}
-
 int32_t sx_interrupt_watch(struct llama_context * ctx) {
     struct sigaction current, ours;
     if (sigaction(SIGINT, NULL, &current) != 0) {

@@ -15,6 +15,7 @@ void sx_layers_free(struct sx_layers * layers) {
         free(layers->layer[i].freq_factors);
     }
     free(layers->layer);
+    sx_trail_free(&layers->trail);
 }
 
 // ---- finding ---------------------------------------------------------------------------------------------------
@@ -29,10 +30,18 @@ int sx_layers_decode_probe(struct llama_context * ctx, llama_pos position) {
     return rc == 0 ? SX_OK : sx_fail(SX_ERR_DECODE, "the warm-up decode failed (llama_decode returned %d)", rc);
 }
 
-int sx_layers_collect(struct sx_layers * layers, const struct ggml_tensor * node, struct ggml_tensor * keys, int index) {
+int sx_layers_look_at(struct sx_layers * layers, const struct ggml_tensor * node) {
+    if (!sx_trail_note(&layers->trail, node)) {
+        return sx_fail(SX_ERR_MEMORY, "out of memory");
+    }
+    int index = 0;
+    struct ggml_tensor * keys = sx_graph_key_cache(node, &index);
+    if (!keys) {
+        return SX_OK;
+    }
     struct sx_layer layer = { .index = index, .keys = keys };
     const char * op = "";
-    if (sx_graph_key_rope(node, &layer.rope, &op) == SX_KEY_UNKNOWN) {
+    if (sx_graph_key_rope(&layers->trail, node, &layer.rope, &op) == SX_KEY_UNKNOWN) {
         return sx_fail(SX_ERR_MODEL, "layer %d passes its rotated keys through %s, which Self-Extend does not know how "
                 "to undo", index, op);
     }
@@ -235,6 +244,7 @@ static int verify(struct sx_layers * layers, struct llama_context * ctx) {
 }
 
 int sx_layers_settle(struct sx_layers * layers, struct llama_context * ctx) {
+    sx_trail_free(&layers->trail);
     int status = drop_local(layers, ctx);
     status = status ? status : check_shapes(layers, ctx);
     status = status ? status : open_devices(layers);

@@ -10,6 +10,7 @@ enum { SX_MAX_DEVICES = 16 };
 struct sx_layers {
     struct sx_layer * layer;  // (n)
     int  n;
+    struct sx_trail trail;    // the graph they are found in, until they are settled
     bool any_local;           // layers that look back at a window only were left out
     struct sx_device device[SX_MAX_DEVICES];
     int  n_devices;
@@ -18,11 +19,11 @@ struct sx_layers {
 // Decode the BOS token (or token 0) at `position` in the empty memory of ctx. 0, or a status.
 int sx_layers_decode_probe(struct llama_context * ctx, llama_pos position);
 
-// Note the layer whose keys `node` writes to the cache tensor `keys` (see sx_graph_key_cache). 0, or a status.
-int sx_layers_collect(struct sx_layers * layers, const struct ggml_tensor * node, struct ggml_tensor * keys, int index);
+// Look at the next node of a running graph: if it writes keys to a cache, note the layer. 0, or a status.
+int sx_layers_look_at(struct sx_layers * layers, const struct ggml_tensor * node);
 
 /*
- * Keep, of the layers collected while sx_layers_decode_probe(ctx, 0) ran, those whose keys are rotated and seen from
+ * Keep, of the layers noted while sx_layers_decode_probe(ctx, 0) ran, those whose keys are rotated and seen from
  * any distance; open the devices that own them; and verify on that token that rotating its keys by some positions
  * gives the keys that llama.cpp computes there. Leaves a token in the memory of ctx. 0, or a status.
  */

@@ -131,8 +131,11 @@ SX_API bool sx_engine_eval_callback(struct ggml_tensor * node, bool ask, void * 
  */
 SX_API int32_t sx_engine_attach(sx_engine * engine, struct llama_context * ctx);
 
-// Number of layers whose keys are rewritten (layers without RoPE are not counted); 0 before attach.
+// Number of layers whose keys are rewritten (not those without RoPE or with sliding attention); 0 before attach.
 SX_API int32_t sx_engine_n_layers(const sx_engine * engine);
+
+// Name of the i-th device that holds rewritten keys ("CPU", "Metal", "RPC0[...]"); NULL from the last one on.
+SX_API const char * sx_engine_device_name(const sx_engine * engine, int32_t i);
 
 // Number of cached tokens.
 SX_API int32_t sx_engine_n_tokens(const sx_engine * engine);
@@ -182,6 +185,10 @@ SX_API int32_t sx_interrupt_watch(struct llama_context * ctx);
 // For command line programs: drop llama.cpp's log, process-wide. (A log callback in Python would run Python's own
 // SIGINT handler in the middle of a decode.)
 SX_API void sx_log_silence(void);
+
+// On: forget sx_last_error(), and let the first error that llama.cpp logs on this thread become it; the log goes where
+// it went before, process-wide. Off: as before.
+SX_API void sx_log_note_errors(bool on);
 
 #ifdef __cplusplus
 }

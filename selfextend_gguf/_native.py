@@ -132,6 +132,8 @@ _declare("sx_engine_free", [ctypes.c_void_p], None)
 _declare("sx_engine_attach", [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int32)
 # int32_t sx_engine_n_layers(const sx_engine *);
 _declare("sx_engine_n_layers", [ctypes.c_void_p], ctypes.c_int32)
+# const char * sx_engine_device_name(const sx_engine *, int32_t i);
+_declare("sx_engine_device_name", [ctypes.c_void_p, ctypes.c_int32], ctypes.c_char_p)
 # int32_t sx_engine_n_tokens(const sx_engine *);
 _declare("sx_engine_n_tokens", [ctypes.c_void_p], ctypes.c_int32)
 # void sx_engine_get_key_positions(const sx_engine *, int32_t * positions);
@@ -150,6 +152,8 @@ _declare("sx_engine_stats", [ctypes.c_void_p], _Stats)
 _declare("sx_interrupt_watch", [ctypes.c_void_p], ctypes.c_int32)
 # void sx_log_silence(void);
 _declare("sx_log_silence", [], None)
+# void sx_log_note_errors(bool on);
+_declare("sx_log_note_errors", [ctypes.c_bool], None)
 
 # bool sx_engine_eval_callback(struct ggml_tensor *, bool ask, void * engine);
 EVAL_CALLBACK = ctypes.cast(_LIB.sx_engine_eval_callback, llama_cpp.ggml_backend_sched_eval_callback)
@@ -165,7 +169,7 @@ def _check(status: int) -> None:
     if status == _ABORTED:
         raise_interrupt()
     if status != 0:
-        raise _ERRORS[status](_LIB.sx_last_error().decode("utf-8", "replace"))
+        raise _ERRORS[status](last_error())
 
 
 def _pointer(array: npt.NDArray[np.int32]) -> ctypes._Pointer:  # type: ignore[type-arg]
@@ -217,13 +221,23 @@ def silence_log() -> None:
     _LIB.sx_log_silence()
 
 
+def note_log_errors(on: bool) -> None:
+    """From on to off, the first error that llama.cpp logs is what `last_error` returns."""
+    _LIB.sx_log_note_errors(on)
+
+
+def last_error() -> str:
+    """Message of the last failure, "" if none."""
+    return _LIB.sx_last_error().decode("utf-8", "replace")
+
+
 class Engine:
     """Owner of one sx_engine: the key position of every cached token of one llama_context."""
 
     def __init__(self, n_ctx: int) -> None:
         self._handle = _LIB.sx_engine_init(n_ctx)
         if not self._handle:
-            raise NotEnoughMemoryError(_LIB.sx_last_error().decode())
+            raise NotEnoughMemoryError(last_error())
         self._boundary: int | None = None  # of the schedule step applied last, while it still holds
 
     def close(self) -> None:
@@ -244,6 +258,14 @@ class Engine:
     def n_layers(self) -> int:
         """Layers whose keys are rewritten."""
         return _LIB.sx_engine_n_layers(self._handle)
+
+    @property
+    def devices(self) -> list[str]:
+        """Names of the devices that hold rewritten keys."""
+        names = []
+        while name := _LIB.sx_engine_device_name(self._handle, len(names)):
+            names.append(name.decode())
+        return names
 
     @property
     def n_tokens(self) -> int:

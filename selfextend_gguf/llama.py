@@ -13,7 +13,7 @@ import numpy.typing as npt
 import psutil
 from llama_cpp.llama import LlamaState
 
-from selfextend_gguf._native import EVAL_CALLBACK, Engine, RewriteStats, schedule_step
+from selfextend_gguf._native import EVAL_CALLBACK, Engine, RewriteStats, last_error, note_log_errors, schedule_step
 from selfextend_gguf.config import SelfExtendConfig, plan
 from selfextend_gguf.context import SelfExtendContext
 from selfextend_gguf.drafting import StepLimitedDraft
@@ -117,8 +117,12 @@ class Llama(llama_cpp.Llama):
             if "odel path" in str(error) or "load model" in str(error):
                 raise model_file_error(model_path) from error
             if "create llama_context" in str(error):
-                raise EngineError(f"llama.cpp could not create a context of {n_ctx} tokens for {model_path}") from error
+                raise EngineError(
+                    f"llama.cpp could not create a context of {n_ctx} tokens for {model_path}: {last_error()}"
+                ) from error
             raise
+        finally:
+            note_log_errors(False)
         if self._engine is not None and self.self_extend is not None:
             try:
                 self._engine.attach(self._ctx.ctx)
@@ -150,6 +154,7 @@ class Llama(llama_cpp.Llama):
             plan(n_ctx_train, n_ctx, **self._plan_arguments)  # say what is wrong even if unused
         if self.model_params.vocab_only:
             return
+        note_log_errors(True)  # until the context exists, or llama.cpp has said why not
         self._check_memory(model, n_ctx)
         if self._wanted_n_ctx <= n_ctx_train:
             self._choose_flash_attention(longest_step=self.n_batch)

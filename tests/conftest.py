@@ -19,6 +19,12 @@ from selfextend_gguf.reference import Reference  # noqa: E402
 from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=["gpu", "rpc"], help="run the device tests: on the GPU, or on a ggml RPC server on loopback"
+    )
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")

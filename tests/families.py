@@ -181,10 +181,11 @@ COMPRESSED = {
     "attention.value_length": 24,
 }
 MLA = {
+    "attention.kv_lora_rank": 96,
     "attention.head_count_kv": 1,
-    "attention.key_length": 48,
-    "attention.value_length": 32,
-    "attention.key_length_mla": 40,
+    "attention.key_length": 128,
+    "attention.value_length": 96,
+    "attention.key_length_mla": 56,
     "attention.value_length_mla": 24,
 }
 GRANITE = {"logit_scale": 0.5, "residual_scale": 0.5, "embedding_scale": 12.0, "attention.scale": 0.25}
@@ -292,7 +293,7 @@ EXTENDED = (
     family(
         "deepseek2 (MLA)",
         "one compressed key, YaRN of magnitude 1",
-        replace(YARN, dims=16, offset=32),
+        replace(YARN, offset=96),
         COMPRESSED,
         MLA,
         SHARED_EXPERT,

@@ -15,9 +15,7 @@ struct search {
 
 static bool collect(struct ggml_tensor * node, bool ask, void * user_data) {
     struct search * search = user_data;
-    int index = 0;
-    struct ggml_tensor * keys = ask && search->finding ? sx_graph_key_cache(node, &index) : NULL;
-    CHECK(!keys || sx_layers_collect(&search->layers, node, keys, index) == SX_OK);
+    CHECK(!ask || !search->finding || sx_layers_look_at(&search->layers, node) == SX_OK);
     return false;
 }
 
