@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -15,6 +16,11 @@ from selfextend_gguf.errors import SelfExtendError
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, without the source line that Python would add."""
+    click.echo(f"Warning: {message}", err=True)
+
+
 class ErrorHandlingGroup(click.Group):
     """A group whose commands report expected errors and Ctrl-C without a traceback (unless -v)."""
 
@@ -23,7 +29,9 @@ class ErrorHandlingGroup(click.Group):
         if not verbose:
             silence_log()
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = show_warning
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)

@@ -258,6 +258,10 @@ int32_t sx_engine_n_layers(const sx_engine * e) {
     return e->layers.n;
 }
 
+bool sx_engine_has_frame(const sx_engine * e) {
+    return !e->layers.any_local;
+}
+
 const char * sx_engine_device_name(const sx_engine * e, int32_t i) {
     return i >= 0 && i < e->layers.n_devices ? ggml_backend_name(e->layers.device[i].backend) : NULL;
 }

@@ -12,6 +12,7 @@ struct segment {
     int32_t begin, end;
     bool uniform;
     struct ggml_tensor * positions;  // (1) or (end - begin) int32 on the device
+    struct ggml_tensor * rows;       // (end - begin) int32 on the device: begin, begin + 1, ...; only for types that are cast
 };
 
 // From this many equal deltas on, a run is worth an operation of its own: its sines are computed once,
@@ -43,7 +44,7 @@ static int32_t cut(const int32_t * delta, int32_t n_rows, int32_t longest, struc
             }
             for (int32_t b = mixed_begin; b < mixed_end; b += longest, ++n) {
                 if (segments) {
-                    segments[n] = (struct segment) { b, b + longest < mixed_end ? b + longest : mixed_end, false, NULL };
+                    segments[n] = (struct segment) { b, b + longest < mixed_end ? b + longest : mixed_end, false, NULL, NULL };
                 }
             }
             mixed_begin = -1;
@@ -51,7 +52,7 @@ static int32_t cut(const int32_t * delta, int32_t n_rows, int32_t longest, struc
         if (!at_end && is_long && delta[begin] != 0) {
             for (int32_t b = begin; b < end; b += longest, ++n) {
                 if (segments) {
-                    segments[n] = (struct segment) { b, b + longest < end ? b + longest : end, true, NULL };
+                    segments[n] = (struct segment) { b, b + longest < end ? b + longest : end, true, NULL, NULL };
                 }
             }
         } else if (!is_long && (delta[begin] != 0 || mixed_begin >= 0)) {
@@ -63,7 +64,7 @@ static int32_t cut(const int32_t * delta, int32_t n_rows, int32_t longest, struc
     return n;
 }
 
-// ggml's RoPE takes these types as they are; any other is cast to f32, rotated and written back.
+// ggml's RoPE takes these types as they are; any other is read as f32, rotated and written back.
 static bool rope_takes(enum ggml_type type) {
     return type == GGML_TYPE_F32 || type == GGML_TYPE_F16;
 }
@@ -94,7 +95,7 @@ struct inputs {
     struct ggml_tensor * hadamard;      // (n_hadamard, n_hadamard) float
 };
 
-enum { TENSORS_PER_SEGMENT = 12 };  // most that rotate_segment creates
+enum { TENSORS_PER_SEGMENT = 11 };  // most that rotate_segment creates
 
 static struct ggml_tensor * rotate_segment(
         struct ggml_context * ctx, const struct sx_layer * layer, const struct segment * s, struct inputs in) {
@@ -108,13 +109,13 @@ static struct ggml_tensor * rotate_segment(
                 s->begin * row_size);
         return rope_rows(ctx, rows, s->positions, in.freq_factors, &layer->rope);
     }
-    // Whole rows: a head may be no whole number of quantisation blocks.
-    struct ggml_tensor * rows = ggml_view_2d(ctx, keys, keys->ne[0], n_rows, row_size, s->begin * row_size);
-    struct ggml_tensor * wide = ggml_reshape_3d(ctx, ggml_cast(ctx, rows, GGML_TYPE_F32), head_dim, heads, tokens);
+    // Read and written by row number, the way llama.cpp fills its cache, which every backend supports for every type.
+    // (Copies to and from views of quantised rows came out wrong on Vulkan.)
+    struct ggml_tensor * wide = ggml_reshape_3d(ctx, ggml_get_rows(ctx, keys, s->rows), head_dim, heads, tokens);
     wide = in.hadamard ? hadamard_product(ctx, in.hadamard, wide) : wide;
     wide = rope_rows(ctx, wide, s->positions, in.freq_factors, &layer->rope);
     wide = in.hadamard ? hadamard_product(ctx, in.hadamard, wide) : wide;
-    return ggml_cpy(ctx, wide, rows);
+    return ggml_set_rows(ctx, keys, ggml_reshape_2d(ctx, wide, keys->ne[0], n_rows), s->rows);
 }
 
 static struct ggml_context * graph_context(size_t n_tensors) {
@@ -174,7 +175,8 @@ int sx_device_init(struct sx_device * device, const struct sx_layer * layer) {
         ggml_free(ctx);
         return sx_fail(SX_ERR_DEVICE, "cannot open the device that holds the keys of layer %d", layer->index);
     }
-    const struct segment probe = { 0, 1, true, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1) };
+    struct ggml_tensor * one = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
+    const struct segment probe = { 0, 1, true, one, one };
     rotate_segment(ctx, layer, &probe, new_inputs(ctx, layer));
     bool supported = true;
     for (struct ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
@@ -202,18 +204,30 @@ static void set_n_threads(ggml_backend_t backend, int n_threads) {
     }
 }
 
+static void set_positions(const struct segment * s, const int32_t * delta) {
+    ggml_backend_tensor_set(s->positions, delta + s->begin, 0, ggml_nbytes(s->positions));
+    if (s->rows) {
+        int32_t rows[CAST_ROWS];
+        for (int32_t row = s->begin; row < s->end; ++row) {
+            rows[row - s->begin] = row;
+        }
+        ggml_backend_tensor_set(s->rows, rows, 0, ggml_nbytes(s->rows));
+    }
+}
+
 static int rotate(
-        struct sx_device * device, int device_index, const struct sx_layer * layers, int n_layers,
+        struct sx_device * device, int device_index, const struct sx_layer * layers, int n_layers, bool cast,
         const int32_t * delta, struct segment * segments, int32_t n_segments, struct inputs * inputs) {
-    const size_t n_tensors = (size_t) n_segments * (TENSORS_PER_SEGMENT * (size_t) n_layers + 1) + 2 * (size_t) n_layers;
+    const size_t n_tensors = (size_t) n_segments * (TENSORS_PER_SEGMENT * (size_t) n_layers + 2) + 2 * (size_t) n_layers;
     struct ggml_context * ctx = graph_context(n_tensors);
     if (!ctx) {
         return sx_fail(SX_ERR_MEMORY, "out of memory for a graph of %zu tensors", n_tensors);
     }
     struct ggml_cgraph * graph = ggml_new_graph_custom(ctx, n_tensors, false);
     for (int32_t i = 0; i < n_segments; ++i) {
-        const int64_t n = segments[i].uniform ? 1 : segments[i].end - segments[i].begin;
-        segments[i].positions = new_input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n));
+        const int64_t n = segments[i].end - segments[i].begin;
+        segments[i].positions = new_input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, segments[i].uniform ? 1 : n));
+        segments[i].rows      = cast ? new_input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n)) : NULL;
     }
     for (int l = 0; l < n_layers; ++l) {
         if (layers[l].device != device_index) {
@@ -229,8 +243,7 @@ static int rotate(
         return sx_fail(SX_ERR_MEMORY, "out of memory on %s for rotating keys", ggml_backend_name(device->backend));
     }
     for (int32_t i = 0; i < n_segments; ++i) {
-        struct ggml_tensor * t = segments[i].positions;
-        ggml_backend_tensor_set(t, delta + segments[i].begin, 0, ggml_nbytes(t));
+        set_positions(&segments[i], delta);
     }
     for (int l = 0; l < n_layers; ++l) {
         if (inputs[l].freq_factors) {
@@ -252,12 +265,11 @@ static int rotate(
 int sx_device_rotate(
         struct sx_device * device, int device_index, const struct sx_layer * layers, int n_layers,
         const int32_t * delta, int32_t n_rows, int n_threads) {
-    int32_t longest = n_rows;
+    bool cast = false;
     for (int l = 0; l < n_layers; ++l) {
-        if (layers[l].device == device_index && !rope_takes(layers[l].keys->type)) {
-            longest = CAST_ROWS;
-        }
+        cast = cast || (layers[l].device == device_index && !rope_takes(layers[l].keys->type));
     }
+    const int32_t longest = cast ? CAST_ROWS : n_rows;
     const int32_t n_segments = cut(delta, n_rows, longest, NULL);
     if (n_segments == 0) {
         return SX_OK;
@@ -268,7 +280,7 @@ int sx_device_rotate(
     if (segments && inputs) {
         cut(delta, n_rows, longest, segments);
         set_n_threads(device->backend, n_threads);
-        status = rotate(device, device_index, layers, n_layers, delta, segments, n_segments, inputs);
+        status = rotate(device, device_index, layers, n_layers, cast, delta, segments, n_segments, inputs);
     } else {
         sx_fail(status, "out of memory for rotating %d rows", n_rows);
     }

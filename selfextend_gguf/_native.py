@@ -132,6 +132,8 @@ _declare("sx_engine_free", [ctypes.c_void_p], None)
 _declare("sx_engine_attach", [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int32)
 # int32_t sx_engine_n_layers(const sx_engine *);
 _declare("sx_engine_n_layers", [ctypes.c_void_p], ctypes.c_int32)
+# bool sx_engine_has_frame(const sx_engine *);
+_declare("sx_engine_has_frame", [ctypes.c_void_p], ctypes.c_bool)
 # const char * sx_engine_device_name(const sx_engine *, int32_t i);
 _declare("sx_engine_device_name", [ctypes.c_void_p, ctypes.c_int32], ctypes.c_char_p)
 # int32_t sx_engine_n_tokens(const sx_engine *);
@@ -258,6 +260,11 @@ class Engine:
     def n_layers(self) -> int:
         """Layers whose keys are rewritten."""
         return _LIB.sx_engine_n_layers(self._handle)
+
+    @property
+    def has_frame(self) -> bool:
+        """Whether a key is rewritten a few times only, and not whenever the boundary moves."""
+        return _LIB.sx_engine_has_frame(self._handle)
 
     @property
     def devices(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from math import ceil
 
 from selfextend_gguf.errors import ConfigError
 
@@ -41,6 +42,17 @@ class SelfExtendConfig:
         return _reach(
             self.schedule, self.max_distance, self.neighbor_window, self.n_batch, self.block_size, self.group_size
         )
+
+    @property
+    def n_moves(self) -> int:
+        """How often the boundary between grouped and exact tokens moves while `n_ctx` tokens are read."""
+        if not self.is_active:
+            return 0
+        if self.schedule == "paper":
+            return max(0, self.n_ctx - 1 - self.neighbor_window) // self.block_size
+        # Each move wins the positions that a block of grouped tokens does without.
+        won = self.block_size - self.block_size / self.group_size
+        return ceil((self.n_ctx - self.max_distance) / won)
 
     def __str__(self) -> str:
         if not self.is_active:

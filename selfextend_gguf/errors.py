@@ -41,3 +41,7 @@ class EngineError(SelfExtendError, RuntimeError):
 
 class NativeLibraryError(SelfExtendError, ImportError):
     """The compiled library is missing or was built against another llama-cpp-python."""
+
+
+class KeyPrecisionWarning(UserWarning):
+    """Cached keys of few bits will be rewritten, and so rounded, more often than is good for them."""

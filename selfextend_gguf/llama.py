@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,13 +22,14 @@ from selfextend_gguf.errors import (
     ConfigError,
     ContextFullError,
     EngineError,
+    KeyPrecisionWarning,
     NotEnoughMemoryError,
     SelfExtendError,
     StateError,
     UnknownArgumentError,
     UnsupportedModelError,
 )
-from selfextend_gguf.kv_cache import KV_TYPES, is_quantised, kv_cache_bytes
+from selfextend_gguf.kv_cache import KV_TYPES, SAFE_REWRITES, is_quantised, kv_cache_bytes, type_name
 from selfextend_gguf.model_info import model_file_error, set_log_level
 
 # llama.cpp rounds a context up to a multiple of this; llama_cpp.Llama sizes its token array without rounding.
@@ -129,6 +131,7 @@ class Llama(llama_cpp.Llama):
             except SelfExtendError:
                 self.close()
                 raise
+            self._warn_of_rounding(self._engine, self.self_extend)
             self._ctx = SelfExtendContext(self._ctx, self._engine, self.self_extend)
             if self.draft_model is not None:
                 config, n_batch = self.self_extend, self.n_batch
@@ -182,11 +185,23 @@ class Llama(llama_cpp.Llama):
         if self._flash_attn is None and (needs_it or not (wants_f32 or small_steps_on_cpu)):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
 
+    def _warn_of_rounding(self, engine: Engine, config: SelfExtendConfig) -> None:
+        name = type_name(self.context_params.type_k)
+        if not engine.has_frame and engine.n_layers and config.n_moves > SAFE_REWRITES.get(name, config.n_moves):
+            warnings.warn(
+                f"reading {config.n_ctx} tokens rewrites the keys of this model, which has sliding-window layers, "
+                f"{config.n_moves} times; {name} keys lose precision after {SAFE_REWRITES[name]}: use q8_0 or f16 keys",
+                KeyPrecisionWarning,
+                stacklevel=3,
+            )
+
     def _check_memory(self, model: Any, n_ctx: int) -> None:
         """Refuse a KV cache that cannot fit; llama.cpp would be killed while filling it."""
         if self.model_params.n_gpu_layers > 0 and self.context_params.offload_kqv:
             return  # the cache lies on a device, which refuses by itself
         params = self.context_params
+        if not params.swa_full and llama_cpp.llama_model_n_swa(model.model) > 0:
+            return  # sliding-window layers keep a part only, which llama.cpp alone can tell
         try:
             need = kv_cache_bytes(model.metadata(), n_ctx, params.type_k, params.type_v)
         except (KeyError, ValueError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 
 import llama_cpp
 import numpy as np
@@ -16,6 +17,7 @@ from selfextend_gguf import Llama
 from selfextend_gguf.kv_cache import KV_TYPES
 
 ALL_LAYERS = -1
+N = 900  # tokens: the trained contexts are 64 to 128
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,25 +30,32 @@ def device(request) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=[*SHAPES, "gemma3", "deepseek2 (MLA)"])
-def path(request, model, tmp_path_factory) -> str:
-    if request.param in SHAPES:
-        return str(model(request.param))
-    path = tmp_path_factory.mktemp("family") / "model.gguf"
-    write_family(FAMILIES[request.param], path)
-    return str(path)
+@pytest.fixture(scope="module")
+def path_of(model, tmp_path_factory) -> Callable[[str], str]:
+    folder = tmp_path_factory.mktemp("families")
+
+    def make(name: str) -> str:
+        if name in SHAPES:
+            return str(model(name))
+        path = folder / f"{name}.gguf"
+        if not path.exists():
+            write_family(FAMILIES[name], path)
+        return str(path)
+
+    return make
 
 
-def load(path: str, n_gpu_layers: int, kind: str, **arguments) -> Llama:
-    return Llama(
+def load(path: str, n_gpu_layers: int, kind: str, *, plain: bool = False, **arguments) -> llama_cpp.Llama:
+    return (llama_cpp.Llama if plain else Llama)(
         path,
         n_ctx=1024,
         n_gpu_layers=n_gpu_layers,
+        op_offload=n_gpu_layers != 0,  # else llama.cpp computes large batches on the device even with no layer there
         logits_all=True,
-        flash_attn=kind == "q8_0",  # quantised values need it, and it would round f32 ones
+        flash_attn=False,  # it would round f32 keys; and in Mesa 22.3, even plain llama.cpp crashes with it
         verbose=False,
         type_k=KV_TYPES[kind],
-        type_v=KV_TYPES[kind],
+        type_v=KV_TYPES["f16" if kind == "q8_0" else kind],  # quantised values need flash attention
         **arguments,
     )
 
@@ -55,41 +64,55 @@ def on_cpu_only(llm: Llama) -> bool:
     return llm._engine.devices == ["CPU"]
 
 
-# Devices add up in another order, and some round to f16 on the way; a key that was not moved is off by more than 0.1.
 TOLERANCE = {"f32": 1e-3, "f16": 1e-2, "q8_0": 3e-2}
+MODELS = [*SHAPES, "gemma3", "deepseek2 (MLA)"]
+# llama.cpp takes q8_0 keys of MLA with q8_0 values only, see `load`.
+CASES = [(name, kind) for name in MODELS for kind in TOLERANCE if (name, kind) != ("deepseek2 (MLA)", "q8_0")]
 
 
-@pytest.mark.parametrize("kind", TOLERANCE)
+@cache
+def tolerance(path: str, kind: str) -> float:
+    """Relative error allowed, or twice plain llama.cpp's on the device if that rounds more (some multiply in f16).
+    A key that was not moved is off by more than 0.1."""
+    tokens = random_tokens(N, seed=9)
+    on_cpu, on_device = (load(path, n, kind, plain=True) for n in (0, ALL_LAYERS))
+    on_cpu.eval(tokens)
+    on_device.eval(tokens)
+    return max(TOLERANCE[kind], 2 * relative_error(on_device.scores[:N], on_cpu.scores[:N]))
+
+
 @pytest.mark.parametrize("n_gpu_layers", [ALL_LAYERS, 2], ids=["all", "split"])
-def test_logits_equal_the_cpus(path, n_gpu_layers, kind):
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_logits_equal_the_cpus(path_of, name, kind, n_gpu_layers):
     """Reading far beyond the trained context, rolling back into grouped text, restoring into a new context."""
-    n, kept = 900, 300
-    tokens = random_tokens(n, seed=9)
+    path, kept = path_of(name), 300
+    tokens = random_tokens(N, seed=9)
     cpu, llm = load(path, 0, kind), load(path, n_gpu_layers, kind)
     assert on_cpu_only(cpu)
     assert not on_cpu_only(llm)
     cpu.eval(tokens)
     llm.eval(tokens)
     assert llm.rewrite_stats.n_rewrites > 5
-    assert relative_error(llm.scores[:n], cpu.scores[:n]) < TOLERANCE[kind]
+    assert relative_error(llm.scores[:N], cpu.scores[:N]) < tolerance(path, kind)
 
     for each in (cpu, llm):
         each.n_tokens = kept
         each.eval(tokens[kept:])
-    assert relative_error(llm.scores[kept:n], cpu.scores[kept:n]) < TOLERANCE[kind]
+    assert relative_error(llm.scores[kept:N], cpu.scores[kept:N]) < tolerance(path, kind)
 
     restored = load(path, n_gpu_layers, kind)
     restored.load_state(llm.save_state())
     assert np.array_equal(restored.key_positions, llm.key_positions)
     restored.eval(tokens[:100])
     cpu.eval(tokens[:100])
-    assert relative_error(restored.scores[n : n + 100], cpu.scores[n : n + 100]) < TOLERANCE[kind]
+    assert relative_error(restored.scores[N : N + 100], cpu.scores[N : N + 100]) < tolerance(path, kind)
 
 
-def test_cache_on_the_host_and_layers_on_the_device(path):
-    tokens = random_tokens(600, seed=10)
+@pytest.mark.parametrize("name", MODELS)
+def test_cache_on_the_host_and_layers_on_the_device(path_of, name):
+    path, tokens = path_of(name), random_tokens(600, seed=10)
     cpu, llm = load(path, 0, "f32"), load(path, ALL_LAYERS, "f32", offload_kqv=False)
     assert on_cpu_only(llm)
     cpu.eval(tokens)
     llm.eval(tokens)
-    assert relative_error(llm.scores[:600], cpu.scores[:600]) < TOLERANCE["f32"]
+    assert relative_error(llm.scores[:600], cpu.scores[:600]) < tolerance(path, "f32")

@@ -109,9 +109,9 @@ def test_any_key_positions(model, name):
 
 
 @cache
-def logits_with_cache(path: Path, llama: type, kind: str, flash_attn: bool) -> np.ndarray:
-    """Logits of random tokens, four times the trained context."""
-    n = 4 * Reference(path).n_ctx_train
+def logits_with_cache(path: Path, llama: type, kind: str, flash_attn: bool, times: int = 4) -> np.ndarray:
+    """Logits of random tokens, `times` the trained context."""
+    n = times * Reference(path).n_ctx_train
     llm = llama(
         str(path),
         n_ctx=-(-n // 256) * 256,
@@ -132,15 +132,25 @@ def logits_with_cache(path: Path, llama: type, kind: str, flash_attn: bool) -> n
 def test_rounded_caches_are_at_most_twice_as_far_off_as_plain_llama_cpp(model, name, kind, flash_attn):
     """Rewritten keys are rounded again; a key is rewritten a few times only, so the error stays bounded. For heads of
     64 and 128, llama.cpp multiplies quantised keys with a Hadamard matrix; for heads of 32 it does not."""
+    times = 16 if kind in ("f16", "bf16") and not flash_attn else 4
 
     def error(llama: type, kind: str) -> float:
-        exact = logits_with_cache(model(name), llama, "f32", False)
-        return float(
-            np.linalg.norm(logits_with_cache(model(name), llama, kind, flash_attn) - exact) / np.linalg.norm(exact)
-        )
+        exact = logits_with_cache(model(name), llama, "f32", False, times)
+        rounded = logits_with_cache(model(name), llama, kind, flash_attn, times)
+        return float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact))
 
     # Flash attention has an error of its own, which f32 keys show as well.
     assert error(Llama, kind) < 2 * max(error(llama_cpp.Llama, kind), error(Llama, "f32"))
+
+
+def test_quantised_keys_without_hadamard_matrix(model, monkeypatch):
+    """llama.cpp's own switch turns it off; keys of heads of 64 are then stored as heads of 32 are."""
+    mixed = logits_with_cache(model("neox-64"), Llama, "q8_0", False)
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+    unmixed = logits_with_cache.__wrapped__(model("neox-64"), Llama, "q8_0", False)
+    exact = logits_with_cache(model("neox-64"), Llama, "f32", False)
+    assert not np.array_equal(mixed, unmixed)
+    assert relative_error(unmixed, exact) < 0.05
 
 
 def test_reference_equals_llama_cpp_within_the_trained_context(model):
