@@ -94,7 +94,8 @@ static void check_cells(sx_engine * e, const struct ggml_tensor * node, const st
     const int64_t n = cells->ne[0];
     const int32_t at = e->next_cell[l];
     if (n > e->n_ctx - at) {
-        fail_in_callback(e, sx_fail(SX_ERR_CACHE, "layer %d writes more keys than the cache holds", e->layers.layer[l].index));
+        fail_in_callback(e, sx_fail(SX_ERR_CACHE, "layer %d writes more keys than the cache holds",
+                e->layers.layer[l].index));
         return;
     }
     if (cells != e->checked_cells || at != e->checked_at) {

@@ -19,6 +19,12 @@ struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * l
     return sscanf(cache->name, "cache_k_l%d", layer) == 1 ? cache : NULL;
 }
 
+const char * sx_graph_other_cache(const struct ggml_tensor * node) {
+    const char * name = node->view_src ? root_of(node->view_src)->name : "";
+    const bool known = strncmp(name, "cache_k_l", 9) == 0 || strncmp(name, "cache_v_l", 9) == 0;
+    return strncmp(name, "cache_", 6) == 0 && !known ? name : NULL;
+}
+
 bool sx_trail_note(struct sx_trail * trail, const struct ggml_tensor * node) {
     if (trail->n == trail->capacity) {
         const int capacity = trail->capacity ? 2 * trail->capacity : 1024;

@@ -26,6 +26,10 @@ struct sx_rope {
 // The K tensor (row = cell) that `node` writes keys to, and its layer number; NULL for any other node.
 struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * layer);
 
+// Name of the cache that `node` reads or writes if it is neither one of keys nor one of values, else NULL: the index of
+// sparse attention, a recurrent state.
+const char * sx_graph_other_cache(const struct ggml_tensor * node);
+
 // The nodes of a graph, noted while it runs. A graph that runs on several devices is cut where it changes device, and
 // what flows on is a copy without a source: its name leads back to the node that was copied.
 struct sx_trail {

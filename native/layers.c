@@ -34,6 +34,10 @@ int sx_layers_look_at(struct sx_layers * layers, const struct ggml_tensor * node
     if (!sx_trail_note(&layers->trail, node)) {
         return sx_fail(SX_ERR_MEMORY, "out of memory");
     }
+    const char * other = sx_graph_other_cache(node);
+    if (other) {
+        return sx_fail(SX_ERR_MODEL, "the model keeps more than keys and values of the text (%s)", other);
+    }
     int index = 0;
     struct ggml_tensor * keys = sx_graph_key_cache(node, &index);
     if (!keys) {
@@ -130,8 +134,8 @@ static int check_shapes(const struct sx_layers * layers, const struct llama_cont
         const bool whole_heads  = rope->n_dims == 0 || keys->ne[0] % rope->head_dim == 0;
         const bool whole_blocks = rope->n_hadamard == 0 || keys->ne[0] % rope->n_hadamard == 0;
         if (keys->ne[1] != llama_n_ctx(ctx) || keys->ne[2] != 1 || !whole_heads || !whole_blocks) {
-            return sx_fail(SX_ERR_MODEL, "the K cache of layer %d has the shape %lld x %lld x %lld, not one row for each "
-                    "of %u tokens", layer->index, (long long) keys->ne[0], (long long) keys->ne[1],
+            return sx_fail(SX_ERR_MODEL, "the K cache of layer %d has the shape %lld x %lld x %lld, not one row for "
+                    "each of %u tokens", layer->index, (long long) keys->ne[0], (long long) keys->ne[1],
                     (long long) keys->ne[2], llama_n_ctx(ctx));
         }
     }
@@ -215,8 +219,8 @@ static double distance(const float * a, const float * b, int64_t n) {
     return sqrt(sum);
 }
 
-// Compare, layer by layer, the keys moved by `position` with those `wanted` there, in relation to how far these are from
-// the keys `before`. `cells` and `values` are scratch.
+// Compare, layer by layer, the keys moved by `position` with those `wanted` there, in relation to how far these are
+// from the keys `before`. `cells` and `values` are scratch.
 static int compare(
         const struct sx_layers * layers, const float * before, const float * wanted, int32_t position, int32_t n_cells,
         uint8_t * cells, float * values) {
@@ -236,8 +240,8 @@ static int compare(
             }
         }
         if (!(missed <= tolerance)) {
-            return sx_fail(SX_ERR_MODEL, "layer %d does not hold its keys as its compute graph says: moving one misses by "
-                    "%.0f %%", layer->index, moved > 0.0 ? 100.0 * missed / moved : 100.0);
+            return sx_fail(SX_ERR_MODEL, "layer %d does not hold its keys as its compute graph says: moving one misses "
+                    "by %.0f %%", layer->index, moved > 0.0 ? 100.0 * missed / moved : 100.0);
         }
         before += n, wanted += n;
     }
@@ -257,8 +261,11 @@ static int verify(struct sx_layers * layers, struct llama_context * ctx) {
         longest = keys->ne[0] > longest ? keys->ne[0] : longest;
         largest = keys->nb[1] > largest ? keys->nb[1] : largest;
     }
-    float * before = malloc(n * sizeof(float)), * wanted = malloc(n * sizeof(float)), * values = malloc(longest * sizeof(float));
-    uint8_t * rows = malloc(size), * cells = malloc(size > n_cells * largest ? size : n_cells * largest);
+    float   * before = malloc(n * sizeof(float));
+    float   * wanted = malloc(n * sizeof(float));
+    float   * values = malloc(longest * sizeof(float));
+    uint8_t * rows   = malloc(size);
+    uint8_t * cells  = malloc(size > n_cells * largest ? size : n_cells * largest);
     int status = before && wanted && values && rows && cells ? SX_OK : sx_fail(SX_ERR_MEMORY, "out of memory");
     if (status == SX_OK) {
         read_probe(layers, rows, before);
@@ -273,7 +280,8 @@ static int verify(struct sx_layers * layers, struct llama_context * ctx) {
         read_probe(layers, cells, wanted);
         copy_probe(layers, rows, cells, n_cells);
         for (int d = 0; d < layers->n_devices && status == SX_OK; ++d) {
-            status = sx_device_rotate(&layers->device[d], d, layers->layer, layers->n, delta, n_cells, llama_n_threads(ctx));
+            status = sx_device_rotate(&layers->device[d], d, layers->layer, layers->n, delta, n_cells,
+                    llama_n_threads(ctx));
         }
     }
     if (status == SX_OK) {

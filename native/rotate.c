@@ -12,7 +12,7 @@ struct segment {
     int32_t begin, end;
     bool uniform;
     struct ggml_tensor * positions;  // (1) or (end - begin) int32 on the device
-    struct ggml_tensor * rows;       // (end - begin) int32 on the device: begin, begin + 1, ...; only for types that are cast
+    struct ggml_tensor * rows;       // (end - begin) int32 on the device: begin, begin + 1, ...; for types that are cast
 };
 
 // From this many equal deltas on, a run is worth an operation of its own: its sines are computed once,

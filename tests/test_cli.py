@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from families import FAMILIES, write_family
 from helpers import SHAPES
 from selfextend_gguf.cli import main
 
@@ -409,3 +410,46 @@ def test_info_of_other_architectures(model, name):
     facts = json.loads(invoke("info", str(model(name)), "--json").stdout)
     assert facts["architecture"] == SHAPES[name].arch
     assert facts["extendable"]
+
+
+@pytest.fixture(scope="module")
+def family_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+
+    def make(name: str) -> str:
+        write_family(FAMILIES[name], folder / f"{name}.gguf")
+        return str(folder / f"{name}.gguf")
+
+    return make
+
+
+def test_a_key_path_that_is_not_recognised_is_refused_in_one_line_before_reading(family_path):
+    path = family_path("hunyuan-dense")
+    reason = "layer 0 passes its rotated keys through MUL, which Self-Extend does not know how to undo"
+    result = invoke("run", path, "x" * 100, "-n", "4")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"Error: {reason}\n")
+    assert invoke("run", path, "x" * 10, "-n", "4").exit_code == 0  # within its trained context it is plain llama.cpp
+
+    facts = json.loads(invoke("info", path, "--json").stdout)
+    assert not facts["extendable"]
+    assert facts["explanation"] == f"not possible: {reason}"
+    assert facts["longest_context"] == facts["n_ctx_train"]
+
+
+@pytest.mark.parametrize(("name", "rewritten"), [("gemma3", "1 of 6"), ("smollm3", "3 of 4"), ("llama4", "0 of 4")])
+def test_info_counts_the_layers_that_are_rewritten(family_path, name, rewritten):
+    result = invoke("info", family_path(name))
+    assert re.search(rf"Rewritten layers: +{rewritten}\n", result.stdout)
+    assert ("layers with RoPE look back a window only" in result.stdout) == rewritten.startswith("0")
+
+
+def test_keys_of_few_bits_are_warned_of_in_one_line(family_path):
+    result = invoke("run", family_path("gemma2"), "x" * 100, "-c", "512", "-n", "1", "-ctk", "q4_0")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"Warning: reading 512 tokens .* use q8_0 or f16 keys\n", result.stderr)
+
+
+def test_llama_cpps_reason_is_given_when_it_makes_no_context(family_path):
+    result = invoke("run", family_path("deepseek2 (MLA)"), "x" * 100, "-ctk", "q8_0", "-n", "1")
+    assert result.exit_code == 1
+    assert "model does not support different K (q8_0) and V (f16) cache types" in result.stderr

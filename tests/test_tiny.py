@@ -10,6 +10,7 @@ from helpers import F16
 from selfextend_gguf import Llama
 from selfextend_gguf.models import DEMO_TEXT, TINY_MODEL
 from selfextend_gguf.tiny import data
+from selfextend_gguf.tiny.cache_types import REWRITES, quality, rewrite_errors
 from selfextend_gguf.tiny.evaluate import (
     losses_in_fresh_windows,
     losses_of_group_attention_loop,
@@ -150,6 +151,26 @@ def test_perplexity_stays_at_the_texts_own_difficulty(heldout_text, n_tokens):
     fresh = losses_in_fresh_windows(window, tokens, 256)[late].mean()
     assert np.exp(ours - fresh) < 1.15
     assert extended.rewrite_stats.n_rewrites > 0
+
+
+def test_caches_of_few_bits_keep_what_f16_finds(heldout_text):
+    """8 trained contexts, keys of q8_0 and q4_0 against f16."""
+
+    def of(kind: str) -> tuple[float, float]:
+        return quality(str(TINY_MODEL), heldout_text, kind, 2048, n_trials=20, n_texts=2)
+
+    found, perplexity = of("f16")
+    for kind, limit in (("q8_0", 1.01), ("q4_0", 1.05)):
+        found_too, perplexity_too = of(kind)
+        assert found_too >= found - 0.02
+        assert perplexity_too < limit * perplexity
+
+
+def test_rewriting_rounds_keys_of_few_bits_only(heldout_text):
+    tokens = list(heldout_text[:600].encode())
+    assert rewrite_errors(str(TINY_MODEL), tokens, "f32") == [0.0] * len(REWRITES)
+    once, often = (rewrite_errors(str(TINY_MODEL), tokens, "q4_0")[REWRITES.index(n)] for n in (1, 50))
+    assert 0.01 < once < often < 1
 
 
 def test_fresh_windows_give_every_token_its_context(heldout_text):
