@@ -103,9 +103,21 @@ class ModelInfo:
         kind = int(llama_cpp.llama_model_rope_type(self.model.model))
         if kind == -1:
             return "none"
-        base = float(self.metadata.get(f"{self.architecture}.rope.freq_base", 10000.0))
         scaling = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
-        return f"{names.get(kind, str(kind))}, base {base:g}" + ("" if scaling == "none" else f", {scaling} scaling")
+        suffix = "" if scaling == "none" else f", {scaling} scaling"
+        return f"{names.get(kind, str(kind))}, base {self.rope_base:g}{suffix}"
+
+    @property
+    def rope_base(self) -> float:
+        """Base of the RoPE frequencies."""
+        return float(self.metadata.get(f"{self.architecture}.rope.freq_base", 10000.0))
+
+    @property
+    def n_rot(self) -> int:
+        """Rotated elements of a head."""
+        n_embd = int(self.metadata.get(f"{self.architecture}.embedding_length", 0))
+        n_head = int(self.metadata.get(f"{self.architecture}.attention.head_count", 1))
+        return int(self.metadata.get(f"{self.architecture}.rope.dimension_count", n_embd // n_head))
 
     @property
     def quantisation(self) -> str:
