@@ -61,18 +61,24 @@ enum sx_status {
 };
 
 enum sx_schedule {
-    SX_SCHEDULE_SELFEXTEND = 0,  // plain up to the trained context, then the largest window that fits
-    SX_SCHEDULE_PAPER      = 1,  // always grouped beyond a fixed neighbor window
+    SX_SCHEDULE_SELFEXTEND   = 0,  // plain up to the trained context, then the largest window that fits
+    SX_SCHEDULE_PAPER        = 1,  // always grouped beyond a fixed neighbor window
+    // Plain up to the trained context, and then:
+    SX_SCHEDULE_ADAGROPE     = 2,  // groups that grow with the distance and with the text (ACL 2025, long paper 28)
+    SX_SCHEDULE_REROPE       = 3,  // one position for all beyond a fixed window (https://kexue.fm/archives/9708)
+    SX_SCHEDULE_LEAKY_REROPE = 4,  // distances beyond a fixed window grow with a fractional slope (same source)
 };
 
 // What a schedule needs to know; all lengths in tokens.
 struct sx_params {
     int32_t schedule;         // enum sx_schedule
     int32_t n_ctx_train;      // trained context L
-    int32_t group_size;       // G >= 1: tokens that share one key position
+    int32_t group_size;       // G >= 1: tokens that share one key position (selfextend, paper)
     int32_t neighbor_window;  // W >= 1: latest tokens that always keep their exact distances
     int32_t max_distance;     // D: distances stay below it
     int32_t block_size;       // the boundary between grouped and exact keys moves in such steps
+    int32_t n_ctx;            // longest text (leaky-rerope)
+    int32_t n_batch;          // a step of so many tokens works wherever it starts (leaky-rerope)
 };
 
 struct sx_stats {
@@ -90,27 +96,30 @@ SX_API const char * sx_last_error(void);
 SX_API const char * sx_built_against(void);
 
 /*
- * Boundary g of a step that decodes tokens [n_cached, n_total): keys k < g are grouped, the others exact.
- *   SX_OK            *boundary is set, 0 <= *boundary <= n_cached
- *   SX_ERR_ARGUMENT  params or counts out of range; *boundary untouched
- *   SX_ERR_SCHEDULE  no boundary keeps all distances below max_distance and the window at least
- *                    neighbor_window; *boundary untouched. Decode fewer tokens at once or take a larger group.
+ * Stage of a step that decodes tokens [n_cached, n_total): while the stage stays the same, so do the positions of all
+ * cached keys, P(k) = k for those decoded meanwhile. Stage 0 is P(k) = k for all. Numbers of different schedules or
+ * parameters have nothing to do with each other.
+ *   SX_OK            *stage is set, >= 0
+ *   SX_ERR_ARGUMENT  params or counts out of range; *stage untouched
+ *   SX_ERR_SCHEDULE  no key positions keep all distances below max_distance and the window at least neighbor_window
+ *                    for a step of this size; *stage untouched. sx_last_error() says which change would work.
  */
-SX_API int32_t sx_schedule_boundary(
-        const struct sx_params * params, int32_t n_cached, int32_t n_total, int32_t * boundary);
+SX_API int32_t sx_schedule_stage(
+        const struct sx_params * params, int32_t n_cached, int32_t n_total, int32_t * stage);
 
 /*
- * Key positions P(0..n_cached-1) for the same step: P(k) = g - g/G + k/G for k < g (integer division), else k.
- * positions: (n_cached) int32, written only on SX_OK. Return codes as sx_schedule_boundary.
+ * Key positions P(0..n_cached-1) for the same step, a function of its stage: they grow with k, by 0 or 1 from key to
+ * key, and the latest neighbor_window keys have P(k) = k.
+ * positions: (n_cached) int32, written only on SX_OK. Return codes as sx_schedule_stage.
  */
 SX_API int32_t sx_schedule_positions(
         const struct sx_params * params, int32_t n_cached, int32_t n_total, int32_t * positions);
 
 /*
- * How many of n_new tokens to decode in the next step after n_cached: up to where the boundary moves, so that every
- * token is computed under the boundary its own index asks for. Logits then do not depend on how a text is cut.
+ * How many of n_new tokens to decode in the next step after n_cached: up to where the stage changes, so that every
+ * token is computed under the stage its own index asks for. Logits then do not depend on how a text is cut.
  *   SX_OK  *n_step is set, 1 <= *n_step <= n_new; decoding fewer is fine
- *   otherwise as sx_schedule_boundary; *n_step untouched
+ *   otherwise as sx_schedule_stage; *n_step untouched
  */
 SX_API int32_t sx_schedule_step(const struct sx_params * params, int32_t n_cached, int32_t n_new, int32_t * n_step);
 

@@ -48,6 +48,8 @@ class _Params(ctypes.Structure):
         ("neighbor_window", ctypes.c_int32),
         ("max_distance", ctypes.c_int32),
         ("block_size", ctypes.c_int32),
+        ("n_ctx", ctypes.c_int32),
+        ("n_batch", ctypes.c_int32),
     ]
 
 
@@ -118,8 +120,8 @@ def _declare(name: str, argtypes: list, restype: type | None) -> None:
 
 # const char * sx_last_error(void);
 _declare("sx_last_error", [], ctypes.c_char_p)
-# int32_t sx_schedule_boundary(const struct sx_params *, int32_t n_cached, int32_t n_total, int32_t * boundary);
-_declare("sx_schedule_boundary", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
+# int32_t sx_schedule_stage(const struct sx_params *, int32_t n_cached, int32_t n_total, int32_t * stage);
+_declare("sx_schedule_stage", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
 # int32_t sx_schedule_positions(const struct sx_params *, int32_t n_cached, int32_t n_total, int32_t * positions);
 _declare("sx_schedule_positions", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
 # int32_t sx_schedule_step(const struct sx_params *, int32_t n_cached, int32_t n_new, int32_t * n_step);
@@ -186,6 +188,8 @@ def _params(config: SelfExtendConfig) -> _Params:
         config.neighbor_window,
         config.max_distance,
         config.block_size,
+        config.n_ctx,
+        config.n_batch,
     )
 
 
@@ -203,9 +207,9 @@ def schedule_positions(config: SelfExtendConfig, n_cached: int, n_total: int) ->
 
 
 def schedule_step(config: SelfExtendConfig, n_cached: int, n_new: int) -> int:
-    """How many of `n_new` >= 1 tokens to decode in one step after `n_cached`: up to where the boundary moves.
+    """How many of `n_new` >= 1 tokens to decode in one step after `n_cached`: up to where keys move.
 
-    Every token is then computed under the boundary its own index asks for, and logits do not depend on how a text
+    Every token is then computed with the key positions its own index asks for, and logits do not depend on how a text
     is cut into evaluations.
     """
     step = ctypes.c_int32()
@@ -240,7 +244,9 @@ class Engine:
         self._handle = _LIB.sx_engine_init(n_ctx)
         if not self._handle:
             raise NotEnoughMemoryError(last_error())
-        self._boundary: int | None = None  # of the schedule step applied last, while it still holds
+        # Of the schedule step applied last, unless keys were moved otherwise since. It survives a rollback: the keys
+        # that a stage moves are older than the neighbor window, so if one of them is gone the next stage is another.
+        self._stage: int | None = None
 
     def close(self) -> None:
         """Free the engine. Its context must have been freed before."""
@@ -288,22 +294,22 @@ class Engine:
 
     def apply_schedule(self, config: SelfExtendConfig, n_total: int) -> None:
         """Rotate the cached keys to where the schedule wants them for decoding up to `n_total` tokens."""
-        n_cached, boundary = self.n_tokens, ctypes.c_int32()
+        n_cached, stage = self.n_tokens, ctypes.c_int32()
         params = ctypes.byref(_params(config))
-        _check(_LIB.sx_schedule_boundary(params, n_cached, n_total, ctypes.byref(boundary)))
-        if boundary.value != self._boundary:  # else nothing moves, and generating should not look at every key
+        _check(_LIB.sx_schedule_stage(params, n_cached, n_total, ctypes.byref(stage)))
+        if stage.value != self._stage:  # else nothing moves, and generating should not look at every key
             self.set_key_positions(schedule_positions(config, n_cached, n_total))
-            self._boundary = boundary.value
+            self._stage = stage.value
 
     def set_key_positions(self, positions: npt.NDArray[np.int32]) -> None:
         """Rotate the cached keys to `positions`, int32 of shape (n_tokens,)."""
-        self._boundary = None
+        self._stage = None
         positions = np.ascontiguousarray(positions, np.int32)
         _check(_LIB.sx_engine_set_key_positions(self._handle, _pointer(positions), len(positions)))
 
     def adopt_key_positions(self, positions: npt.NDArray[np.int32]) -> None:
         """Declare what a restored cache holds, without rotating."""
-        self._boundary = None
+        self._stage = None
         positions = np.ascontiguousarray(positions, np.int32)
         _check(_LIB.sx_engine_adopt_key_positions(self._handle, _pointer(positions), len(positions)))
 
@@ -313,8 +319,6 @@ class Engine:
 
     def truncate(self, n: int) -> None:
         """Forget the tokens from n on."""
-        if self._boundary is not None and n < self._boundary:
-            self._boundary = None
         _LIB.sx_engine_truncate(self._handle, n)
 
     @property

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from math import ceil
 
 from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.schedule import LONGEST, RULES
 
-SCHEDULES = ("selfextend", "paper")
-_TILE = 64
-# Groups of more tokens than the model ever saw at once have lost any order that its distances could express.
-# Models trained on next to nothing (tests have some) may group this many all the same.
-_SMALLEST_LIMIT = 256
+SCHEDULES = tuple(RULES)  #: names, in the order of `enum sx_schedule`
 
 
 @dataclass(frozen=True)
@@ -24,8 +20,8 @@ class SelfExtendConfig:
 
     n_ctx_train: int  #: trained context L
     n_ctx: int  #: longest text
-    schedule: str  #: "selfextend" or "paper"
-    group_size: int  #: G: tokens outside the window that share one key position
+    schedule: str  #: one of SCHEDULES
+    group_size: int  #: G: tokens outside the window that share one key position; where they differ, the most that do
     neighbor_window: int  #: W: latest tokens that always keep their exact distance
     max_distance: int  #: D: no query sees a distance of D or more
     block_size: int  #: the boundary between grouped and exact tokens moves in such steps
@@ -39,20 +35,17 @@ class SelfExtendConfig:
     @property
     def longest_context(self) -> int:
         """Longest text these numbers reach, in tokens."""
-        return _reach(
-            self.schedule, self.max_distance, self.neighbor_window, self.n_batch, self.block_size, self.group_size
-        )
+        return RULES[self.schedule].longest_context(self)
 
     @property
     def n_moves(self) -> int:
-        """How often the boundary between grouped and exact tokens moves while `n_ctx` tokens are read."""
-        if not self.is_active:
-            return 0
-        if self.schedule == "paper":
-            return max(0, self.n_ctx - 1 - self.neighbor_window) // self.block_size
-        # Each move wins the positions that a block of grouped tokens does without.
-        won = self.block_size - self.block_size / self.group_size
-        return ceil((self.n_ctx - self.max_distance) / won)
+        """How often keys move while `n_ctx` tokens are read."""
+        return RULES[self.schedule].n_moves(self) if self.is_active else 0
+
+    @property
+    def regroups(self) -> bool:
+        """Whether a key is rewritten again and again as the text grows, and not only when it enters a group."""
+        return RULES[self.schedule].regroups
 
     def __str__(self) -> str:
         if not self.is_active:
@@ -60,45 +53,14 @@ class SelfExtendConfig:
                 f"{self.n_ctx} tokens fit the trained context of {self.n_ctx_train}: "
                 "plain llama.cpp, nothing is grouped."
             )
-        start = (
-            f"beyond the neighbor window of {self.neighbor_window} tokens"
-            if self.schedule == "paper"
-            else f"beyond {self.n_ctx_train} tokens"
-        )
+        rule = RULES[self.schedule]
         return (
             f"Up to {self.n_ctx} tokens ({self.n_ctx / self.n_ctx_train:.3g}x the trained {self.n_ctx_train}): "
-            f"{start}, older tokens share key positions in groups of {self.group_size}, "
+            f"{rule.begins(self)}, {rule.sharing(self)}, "
             f"at least the latest {self.neighbor_window} keep their exact distance, "
             f"and no distance reaches {self.max_distance} (schedule {self.schedule}, "
             f"block {self.block_size})."
         )
-
-
-def _slack(max_distance: int, window: int, n_batch: int, block: int) -> int:
-    """Positions left for grouped keys in the worst step: just before the boundary moves, n_batch tokens at once."""
-    return max_distance - window - n_batch - block + 1
-
-
-def _reach(schedule: str, max_distance: int, window: int, n_batch: int, block: int, group_size: int) -> int:
-    """Longest text for a group size.
-
-    selfextend: the boundary g is a multiple of the block with g - g//G >= n1 - D and g <= n1 - n_batch - W.
-    The smallest such g is at most (n1 - D) + ceil((n1 - D) / (G - 1)) + block - 1, so every step up to
-    n1 = D + (G - 1) * slack works.
-    paper: g > n0 - W - block, so the farthest distance is below e + (n1 - e) / G with e = n_batch + W + block - 1.
-    """
-    slack = _slack(max_distance, window, n_batch, block)
-    if schedule == "paper":
-        exact = max_distance - slack
-        return exact + group_size * slack
-    return max_distance + (group_size - 1) * slack
-
-
-def _whole_tiles(free: int) -> int:
-    """Tokens between two moves of the boundary: a third of the free positions, at most 512 (llama.cpp's usual batch),
-    in the tiles of 64 queries that its CPU flash attention computes at once."""
-    third = max(1, free // 3)
-    return third if third < _TILE else min(512, third // _TILE * _TILE)
 
 
 def _check_range(name: str, value: int, low: int, high: int, why: str) -> None:
@@ -120,48 +82,58 @@ def plan(
 ) -> SelfExtendConfig:
     """Resolve the parameters for reading `n_ctx` tokens with a model trained on `n_ctx_train`.
 
-    None = automatic: distances below the trained context, a quarter of them for the neighbor window, a third of
-    the rest (at most 512) for the tokens between two moves of the boundary, and the smallest group size that reaches
-    `n_ctx` with these.
+    None = automatic: distances below the trained context (adagrope: half of it), a quarter of the room for the
+    neighbor window, a third of the rest (at most 512) for the tokens between two moves of the boundary (adagrope: half
+    of the rest), and the smallest groups that reach `n_ctx` with these. The room is all distances; adagrope's is the
+    quarter of them that it keeps exact.
 
-    Raises ConfigError for values out of range, and for a combination that cannot reach `n_ctx`; the message
-    names the smallest change that would.
+    Raises ConfigError for values out of range, for parameters that the schedule has no use for, and for a combination
+    that cannot reach `n_ctx`; the message names the smallest change that would.
 
-    Source: arXiv 2401.01325, section 3 (group size, neighbor window, longest text).
+    Sources: arXiv 2401.01325, section 3 (group size, neighbor window, longest text); those of the other schedules are
+    in `selfextend_gguf.schedule`.
     """
-    _check_range("n_ctx_train", n_ctx_train, 8, 2**30, "")
-    _check_range("n_ctx", n_ctx, 1, 2**30, "")
+    _check_range("n_ctx_train", n_ctx_train, 8, LONGEST, "")
+    _check_range("n_ctx", n_ctx, 1, LONGEST, "")
     schedule = SCHEDULES[0] if schedule is None else schedule
     if schedule not in SCHEDULES:
         raise ConfigError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
-    largest = largest_group_size(n_ctx_train)
+    rule = RULES[schedule]
+    given = {
+        "group_size": group_size,
+        "neighbor_window": neighbor_window,
+        "max_distance": max_distance,
+        "block_size": block_size,
+    }
+    for name, why in rule.without.items():
+        if given[name] is not None:
+            raise ConfigError(f"schedule {schedule} has no use for {name}: {why}; leave it out")
+    largest = rule.largest_group(n_ctx_train)
     trained = f" (the model is trained on {n_ctx_train} tokens)"
     if group_size is not None:
         _check_range("group_size", group_size, 1, largest, trained)
     if max_distance is not None:
         _check_range("max_distance", max_distance, 8, n_ctx_train, trained)
-    distance = n_ctx_train if max_distance is None else max_distance
+    distance = rule.default_distance(n_ctx_train) if max_distance is None else max_distance
+    room = rule.room(distance)
     if neighbor_window is not None:
         # Two positions must be left: one for a new token, one for the grouped keys.
-        _check_range("neighbor_window", neighbor_window, 1, distance - 2, trained)
-    window = distance // 4 if neighbor_window is None else neighbor_window
-    free = distance - window
-    step = min(512, max(1, free // 6))
+        _check_range("neighbor_window", neighbor_window, 1, room - 2, trained)
+    window = max(1, room // 4) if neighbor_window is None else neighbor_window
+    free = room - window
+    n_batch = min(512, max(1, free // 6))
     if block_size is not None:
-        _check_range("block_size", block_size, 1, free - step, f" with a neighbor window of {window}")
+        _check_range("block_size", block_size, 1, free - n_batch, f" with a neighbor window of {window}")
 
-    def block_for(size: int) -> int:
-        if block_size is not None:
-            return block_size
-        tiles = _whole_tiles(free)
-        # Moving the boundary by one block makes room for block - block//size tokens: as many as whole tiles.
-        return tiles if schedule == "paper" else min(tiles + -(-tiles // (size - 1)), free - step)
+    def config_for(size: int, block_for: int) -> SelfExtendConfig:
+        block = rule.default_block(free, n_batch, block_for) if block_size is None else block_size
+        return SelfExtendConfig(n_ctx_train, n_ctx, schedule, size, window, distance, block, n_batch)
 
     if n_ctx <= n_ctx_train:
-        return SelfExtendConfig(n_ctx_train, n_ctx, schedule, 1, window, distance, block_for(largest), step)
+        return config_for(1, block_for=largest)
 
     def reach(size: int) -> int:
-        return _reach(schedule, distance, window, step, block_for(size), size) if size > 1 else n_ctx_train
+        return rule.reach(config_for(size, block_for=size)) if size > 1 else n_ctx_train
 
     needed = 2 + bisect_left(range(2, largest + 1), n_ctx, key=reach)
     if needed > largest:
@@ -177,12 +149,12 @@ def plan(
             f"group size {size} with a neighbor window of {window} reaches {reach(size)} tokens, not {n_ctx}: "
             f"take a group size of at least {needed}, or at most {reach(size)} tokens"
         )
-    return SelfExtendConfig(n_ctx_train, n_ctx, schedule, size, window, distance, block_for(size), step)
+    return config_for(size, block_for=size)
 
 
 def largest_group_size(n_ctx_train: int) -> int:
     """Largest group size that is accepted for a trained context."""
-    return max(n_ctx_train, _SMALLEST_LIMIT)
+    return RULES[SCHEDULES[0]].largest_group(n_ctx_train)
 
 
 def longest_context(n_ctx_train: int) -> int:

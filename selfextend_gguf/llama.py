@@ -72,7 +72,7 @@ class Llama(llama_cpp.Llama):
             neighbor_window: Latest tokens that always keep their exact distance.
             max_distance: No query sees a distance of that many tokens or more; at most the trained context.
             block_size: Steps, in tokens, in which the boundary of the grouped keys moves.
-            schedule: "selfextend" or "paper".
+            schedule: One of `config.SCHEDULES`: "selfextend", "paper", "adagrope", "rerope", "leaky-rerope".
             kwargs: All other arguments of `llama_cpp.Llama`.
 
         The five parameters of Self-Extend are chosen by `plan` where None.
@@ -187,9 +187,15 @@ class Llama(llama_cpp.Llama):
 
     def _warn_of_rounding(self, engine: Engine, config: SelfExtendConfig) -> None:
         name = type_name(self.context_params.type_k)
-        if not engine.has_frame and engine.n_layers and config.n_moves > SAFE_REWRITES.get(name, config.n_moves):
+        often = config.regroups or not engine.has_frame  # else each key is rewritten a few times only
+        if often and engine.n_layers and config.n_moves > SAFE_REWRITES.get(name, config.n_moves):
+            rewrites = (
+                f"with schedule {config.schedule} rewrites keys up to"
+                if config.regroups
+                else "rewrites the keys of this model, which has sliding-window layers,"
+            )
             warnings.warn(
-                f"reading {config.n_ctx} tokens rewrites the keys of this model, which has sliding-window layers, "
+                f"reading {config.n_ctx} tokens {rewrites} "
                 f"{config.n_moves} times; {name} keys lose precision after {SAFE_REWRITES[name]}: use q8_0 or f16 keys",
                 KeyPrecisionWarning,
                 stacklevel=3,

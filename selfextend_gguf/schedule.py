@@ -1,51 +1,359 @@
-"""Numpy twin of `native/schedule.c`: the same integers, for the reference, for tests and for reading.
+"""Schedules: how each chooses its numbers, what they reach, and its key positions in numpy.
 
 A *schedule* is a pure function. Before tokens [n_cached, n_total) are decoded it says which *key position*
 P(k) each cached token k gets; queries always stand at their token index, so they see key k at distance q - P(k).
+Positions follow from a *stage*, which is the same for many steps; stage 0 is the plain text, P(k) = k.
+
+The positions here are the twin of `native/schedule.c`: the same integers found by plainer means, for the reference,
+for tests and for reading. To add a schedule, write a class and add it to `RULES`, in the order of `enum sx_schedule`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from math import ceil
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
-from selfextend_gguf.config import SelfExtendConfig
 from selfextend_gguf.errors import ConfigError
 
+if TYPE_CHECKING:
+    from selfextend_gguf.config import SelfExtendConfig
 
-def grouped_positions(n_cached: int, boundary: int, group_size: int) -> npt.NDArray[np.int32]:
-    """P(0..n_cached-1) for a boundary g: g - g//G + k//G for k < g, else k."""
-    k = np.arange(n_cached, dtype=np.int32)
-    return np.where(k < boundary, boundary - boundary // group_size + k // group_size, k).astype(np.int32)
+Integers = TypeVar("Integers", int, npt.NDArray[np.int64])
+LONGEST = 2**30  #: tokens; no text may be longer
+_TILE = 64
+# Groups of more tokens than the model ever saw at once have lost any order that its distances could express.
+# Models trained on next to nothing (tests have some) may group this many all the same.
+_SMALLEST_LIMIT = 256
 
 
-def boundary(config: SelfExtendConfig, n_cached: int, n_total: int) -> int:
-    """Boundary g of a step over tokens [n_cached, n_total), found by trying multiples of the block in order.
+def whole_tiles(n: int) -> int:
+    """Tokens between two moves of the boundary: at most n and at most 512 (llama.cpp's usual batch), in the tiles of 64
+    queries that its CPU flash attention computes at once."""
+    n = max(1, n)
+    return n if n < _TILE else min(512, n // _TILE * _TILE)
 
-    Raises ConfigError when no boundary keeps the distances below `max_distance` and the neighbor window.
-    """
-    if not 0 <= n_cached <= n_total:
-        raise ConfigError(f"a step needs 0 <= n_cached <= n_total, not {n_cached} and {n_total}")
-    size, window, block = config.group_size, config.neighbor_window, config.block_size
 
-    def reaches(g: int) -> bool:
-        return n_total - (g - g // size) <= config.max_distance
+def slack(config: SelfExtendConfig) -> int:
+    """Positions left for grouped keys in the worst step: just before the boundary moves, n_batch tokens at once."""
+    return config.max_distance - config.neighbor_window - config.n_batch - config.block_size + 1
 
-    if config.schedule == "paper":
-        g = max(0, (n_cached - window) // block * block)
-        if n_total > config.n_ctx_train and not reaches(g):
-            raise ConfigError(f"group size {size} does not reach {n_total} tokens")
+
+class Schedule(ABC):
+    """One schedule; all lengths in tokens. The methods here are those that most schedules share."""
+
+    name: ClassVar[str]
+    #: Parameters of `plan` that the schedule has no use for, and why.
+    without: ClassVar[Mapping[str, str]] = {}
+    #: Whether it may move keys of a text that fits the trained context.
+    groups_within_trained: ClassVar[bool] = False
+    #: Whether moves change how grouped keys lie in relation to each other, so that keys are rewritten again and again,
+    #: and not only when they enter a group.
+    regroups: ClassVar[bool] = False
+
+    # ---- automatic parameters and reach ------------------------------------------------------------------------
+
+    def default_distance(self, n_ctx_train: int) -> int:
+        """Largest distance + 1, D."""
+        return n_ctx_train
+
+    def room(self, distance: int) -> int:
+        """Positions that neighbor window, block and largest step divide among themselves (and grouped keys, if the
+        schedule fixes no part for them)."""
+        return distance
+
+    def default_block(self, free: int, n_batch: int, size: int) -> int:
+        """Tokens between two moves, with `free` positions beside the window."""
+        return whole_tiles(free // 3)
+
+    def largest_group(self, n_ctx_train: int) -> int:
+        """Most tokens that may share one key position."""
+        return max(n_ctx_train, _SMALLEST_LIMIT)
+
+    @abstractmethod
+    def reach(self, config: SelfExtendConfig) -> int:
+        """Longest text while at most `config.group_size` tokens share one key position, whatever `config.n_ctx` is;
+        grows with the group size."""
+
+    def longest_context(self, config: SelfExtendConfig) -> int:
+        """Longest text that `config` as it is reaches."""
+        return self.reach(config)
+
+    @abstractmethod
+    def n_moves(self, config: SelfExtendConfig) -> int:
+        """How often the stage changes while the tokens of an active `config` are read."""
+
+    # ---- words -------------------------------------------------------------------------------------------------
+
+    def begins(self, config: SelfExtendConfig) -> str:
+        """From where on keys are moved, for `str(config)`."""
+        return f"beyond {config.n_ctx_train} tokens"
+
+    def sharing(self, config: SelfExtendConfig) -> str:
+        """What happens to the tokens outside the window, for `str(config)`."""
+        return f"older tokens share key positions in groups of {config.group_size}"
+
+    # ---- key positions -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def stage(self, config: SelfExtendConfig, n_cached: int, n_total: int) -> int:
+        """Stage of a step over tokens [n_cached, n_total), n_total > n_ctx_train unless `groups_within_trained`.
+
+        Raises ConfigError when the step cannot keep its distances below `max_distance` and the neighbor window.
+        """
+
+    @abstractmethod
+    def positions(self, config: SelfExtendConfig, stage: int, n_cached: int) -> npt.NDArray[np.int32]:
+        """P(0..n_cached-1), int32, of a stage."""
+
+
+class SelfExtend(Schedule):
+    """Plain up to the trained context; beyond it groups of G (arXiv 2401.01325) before the smallest boundary g that
+    keeps all distances below D. The stage is g."""
+
+    name = "selfextend"
+
+    def default_block(self, free: int, n_batch: int, size: int) -> int:
+        # Moving the boundary by one block makes room for block - block//size tokens: as many as whole tiles.
+        tiles = whole_tiles(free // 3)
+        return min(tiles + -(-tiles // (size - 1)), free - n_batch)
+
+    def reach(self, config: SelfExtendConfig) -> int:
+        # g is a multiple of the block with g - g//G >= n1 - D and g <= n1 - n_batch - W. The smallest such g is at
+        # most (n1 - D) + ceil((n1 - D) / (G - 1)) + block - 1, so every step up to n1 = D + (G - 1) * slack works.
+        return config.max_distance + (config.group_size - 1) * slack(config)
+
+    def n_moves(self, config: SelfExtendConfig) -> int:
+        # Each move wins the positions that a block of grouped tokens does without.
+        won = config.block_size - config.block_size / config.group_size
+        return ceil((config.n_ctx - config.max_distance) / won)
+
+    def stage(self, config: SelfExtendConfig, n_cached: int, n_total: int) -> int:
+        size, window = config.group_size, config.neighbor_window
+        for g in range(0, n_cached + 1, config.block_size):
+            if n_total - (g - g // size) <= config.max_distance:
+                if g > 0 and n_cached - g < window:
+                    break
+                return g
+        raise ConfigError(f"{n_total - n_cached} tokens at once after {n_cached} leave no neighbor window of {window}")
+
+    def positions(self, config: SelfExtendConfig, stage: int, n_cached: int) -> npt.NDArray[np.int32]:
+        k = np.arange(n_cached)
+        shared = stage - stage // config.group_size + k // config.group_size
+        return np.where(k < stage, shared, k).astype(np.int32)
+
+
+class FixedWindow(Schedule):
+    """Schedules whose boundary g follows the text at the window, in blocks. The stage is g."""
+
+    def boundary(self, config: SelfExtendConfig, n_cached: int) -> int:
+        """The last multiple of the block that leaves the window exact, 0 if there is none."""
+        return max(0, (n_cached - config.neighbor_window) // config.block_size * config.block_size)
+
+    def n_moves(self, config: SelfExtendConfig) -> int:
+        # Once at the trained context, and then whenever the boundary of the next token is another one.
+        first, last = (self.boundary(config, n) for n in (config.n_ctx_train, config.n_ctx - 1))
+        return 1 + (last - first) // config.block_size
+
+    def stage(self, config: SelfExtendConfig, n_cached: int, n_total: int) -> int:
+        g = self.boundary(config, n_cached)
+        oldest = g - self._taken(config, g)
+        if n_total > config.n_ctx_train and n_total - oldest > config.max_distance:
+            raise ConfigError(
+                f"{n_total - n_cached} tokens at once after {n_cached} leave no neighbor window of "
+                f"{config.neighbor_window}, or reach a distance of {config.max_distance}"
+            )
         return g
-    if n_total <= config.n_ctx_train:
-        return 0
-    for g in range(0, n_cached + 1, block):
-        if reaches(g):
-            if g > 0 and n_cached - g < window:
-                break
-            return g
-    raise ConfigError(f"{n_total - n_cached} tokens at once after {n_cached} leave no neighbor window of {window}")
+
+    def positions(self, config: SelfExtendConfig, stage: int, n_cached: int) -> npt.NDArray[np.int32]:
+        k = np.arange(n_cached, dtype=np.int64)
+        far = stage - self._taken(config, stage) + self._taken(config, k)
+        return np.where(k < stage, far, k).astype(np.int32)
+
+    @abstractmethod
+    def _taken(self, config: SelfExtendConfig, n: Integers) -> Integers:
+        """Positions that n tokens outside the window take up, so that P(k) = g - taken(g) + taken(k) for k < g."""
+
+
+class Paper(FixedWindow):
+    """The paper's rule (arXiv 2401.01325): groups of G outside the window, also within the trained context."""
+
+    name = "paper"
+    groups_within_trained = True
+
+    def reach(self, config: SelfExtendConfig) -> int:
+        # g > n0 - W - block, so the farthest distance is below e + (n1 - e) / G with e = n_batch + W + block - 1,
+        # which is D - slack.
+        return config.max_distance + (config.group_size - 1) * slack(config)
+
+    def n_moves(self, config: SelfExtendConfig) -> int:
+        return max(0, config.n_ctx - 1 - config.neighbor_window) // config.block_size
+
+    def begins(self, config: SelfExtendConfig) -> str:
+        return f"beyond the neighbor window of {config.neighbor_window} tokens"
+
+    def _taken(self, config: SelfExtendConfig, n: Integers) -> Integers:
+        return n // config.group_size
+
+
+class AdaGroPE(Schedule):
+    """Groups that grow with the distance and with the text (ACL 2025, long paper 28, Algorithm 1).
+
+    P = `max_distance` positions, by default half of the trained context (the paper takes all of it for perplexity,
+    max_distance=n_ctx_train); the nearest quarter, r = 0.25, is exact. Stage j > 0 is the map for a text of
+    N = L + j * block tokens, the end of the j-th block after the trained context.
+    """
+
+    name = "adagrope"
+    without: ClassVar[Mapping[str, str]] = {"group_size": "its groups follow from the length of the text"}
+    regroups = True
+
+    def default_distance(self, n_ctx_train: int) -> int:
+        return max(8, n_ctx_train // 2)
+
+    def room(self, distance: int) -> int:
+        # A step of n_batch tokens whose last one begins a block still sees distance//4 - block - n_batch + 1 exactly.
+        return distance // 4 + 1
+
+    def default_block(self, free: int, n_batch: int, size: int) -> int:
+        return whole_tiles(free // 2)  # larger than others', since each move rewrites many keys
+
+    def reach(self, config: SelfExtendConfig) -> int:
+        size, left, text = config.group_size, config.max_distance, 0
+        for reuse in (2**i for i in range(size.bit_length()) if 2**i < size):
+            fixed = config.max_distance // (4 * reuse)
+            left -= fixed
+            text += fixed * reuse
+        text += left * size
+        beyond = text - config.n_ctx_train
+        return config.n_ctx_train + beyond // config.block_size * config.block_size
+
+    def longest_context(self, config: SelfExtendConfig) -> int:
+        return max(config.n_ctx_train, self.reach(config))
+
+    def n_moves(self, config: SelfExtendConfig) -> int:
+        return ceil((config.n_ctx - config.n_ctx_train) / config.block_size)
+
+    def sharing(self, config: SelfExtendConfig) -> str:
+        return (
+            "older tokens share key positions in groups that grow with the distance and with the text, "
+            f"up to {config.group_size}"
+        )
+
+    def stage(self, config: SelfExtendConfig, n_cached: int, n_total: int) -> int:
+        stage = ceil((n_total - config.n_ctx_train) / config.block_size)
+        first_exact = self._text(config, stage) - config.max_distance // 4
+        if n_cached - first_exact < config.neighbor_window:
+            raise ConfigError(
+                f"{n_total - n_cached} tokens at once after {n_cached} leave no neighbor window of "
+                f"{config.neighbor_window}"
+            )
+        return stage
+
+    def positions(self, config: SelfExtendConfig, stage: int, n_cached: int) -> npt.NDArray[np.int32]:
+        text = self._text(config, stage)
+        position_of = adagrope_map(config.max_distance, text)
+        last = text - 1
+        return (last - position_of[last - np.arange(n_cached)]).astype(np.int32)
+
+    def _text(self, config: SelfExtendConfig, stage: int) -> int:
+        return config.n_ctx_train + stage * config.block_size
+
+
+def adagrope_map(n_positions: int, n_tokens: int) -> npt.NDArray[np.int64]:
+    """Positions (n_tokens,) of the distances 0, 1, ...: Algorithm 1 of AdaGroPE, step by step as it reads.
+
+    `n_positions` = P, below `n_tokens` = N.
+    """
+    reuse: list[int] = []  # how many distances each position stands for, from the nearest on
+    size, left, uncovered = 1, n_positions, n_tokens
+    while left * size < uncovered:
+        if size & (size - 1) == 0:  # a power of two
+            fixed = int(0.25 * n_positions / size)
+            reuse += [size] * fixed
+            left -= fixed
+            uncovered -= fixed * size
+        size += 1
+    far = uncovered - left * (size - 1)
+    reuse += [size - 1] * (left - far) + [size] * far
+    return np.repeat(np.arange(n_positions), reuse)
+
+
+class ReRoPE(FixedWindow):
+    """All tokens outside the window share one position (Su 2023, ReRoPE, https://kexue.fm/archives/9708)."""
+
+    name = "rerope"
+    without: ClassVar[Mapping[str, str]] = {
+        "group_size": "all tokens outside the window are one group, however long the text"
+    }
+
+    def largest_group(self, n_ctx_train: int) -> int:
+        return LONGEST
+
+    def reach(self, config: SelfExtendConfig) -> int:
+        return config.neighbor_window + config.group_size
+
+    def longest_context(self, config: SelfExtendConfig) -> int:
+        return LONGEST
+
+    def sharing(self, config: SelfExtendConfig) -> str:
+        return "all older tokens share one key position"
+
+    def _taken(self, config: SelfExtendConfig, n: Integers) -> Integers:
+        return n * 0
+
+
+class LeakyReRoPE(FixedWindow):
+    """Outside the window distances grow with a fractional slope (Su 2023, Leaky ReRoPE, https://kexue.fm/archives/9708).
+
+    The slope 1/k is the largest that keeps the distances of `n_ctx` tokens below D. Positions being whole numbers, they
+    are rounded down.
+    """
+
+    name = "leaky-rerope"
+    without: ClassVar[Mapping[str, str]] = {
+        "group_size": "its slope follows from n_ctx, neighbor_window and max_distance"
+    }
+
+    def reach(self, config: SelfExtendConfig) -> int:
+        return config.neighbor_window + config.group_size * slack(config)
+
+    def longest_context(self, config: SelfExtendConfig) -> int:
+        return max(config.n_ctx_train, config.n_ctx)
+
+    def sharing(self, config: SelfExtendConfig) -> str:
+        left, beyond = self._slope(config)
+        return f"the distance of older tokens grows by 1 every {beyond / left:.3g} tokens"
+
+    def stage(self, config: SelfExtendConfig, n_cached: int, n_total: int) -> int:
+        if n_total > config.n_ctx:
+            raise ConfigError(f"the slope of leaky-rerope is that for {config.n_ctx} tokens, not {n_total}")
+        return super().stage(config, n_cached, n_total)
+
+    def _slope(self, config: SelfExtendConfig) -> tuple[int, int]:
+        return slack(config), config.n_ctx - config.neighbor_window
+
+    def _taken(self, config: SelfExtendConfig, n: Integers) -> Integers:
+        left, beyond = self._slope(config)
+        return n * left // beyond
+
+
+#: Schedules by name, in the order of `enum sx_schedule`.
+RULES: dict[str, Schedule] = {rule.name: rule for rule in (SelfExtend(), Paper(), AdaGroPE(), ReRoPE(), LeakyReRoPE())}
 
 
 def schedule_positions_numpy(config: SelfExtendConfig, n_cached: int, n_total: int) -> npt.NDArray[np.int32]:
-    """Key positions P(0..n_cached-1), int32, for a step over tokens [n_cached, n_total)."""
-    return grouped_positions(n_cached, boundary(config, n_cached, n_total), config.group_size)
+    """Key positions P(0..n_cached-1), int32, for a step over tokens [n_cached, n_total).
+
+    Raises ConfigError when the step cannot keep its distances below `max_distance` and the neighbor window.
+    """
+    if not 0 <= n_cached <= n_total:
+        raise ConfigError(f"a step needs 0 <= n_cached <= n_total, not {n_cached} and {n_total}")
+    rule = RULES[config.schedule]
+    if n_total <= config.n_ctx_train and not rule.groups_within_trained:
+        return np.arange(n_cached, dtype=np.int32)
+    return rule.positions(config, rule.stage(config, n_cached, n_total), n_cached)

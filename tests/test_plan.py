@@ -7,22 +7,26 @@ import re
 import pytest
 
 from selfextend_gguf import SelfExtendError, plan
-from selfextend_gguf.config import longest_context
+from selfextend_gguf.config import SCHEDULES, longest_context
 
 
-@pytest.mark.parametrize("train", [256, 2048, 4096, 8192])
-@pytest.mark.parametrize("times", [1.01, 2, 4, 16])
-def test_automatic_parameters_reach_the_context(train, times):
-    config = plan(train, int(train * times))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("train", [8, 256, 2048, 4096, 8192])
+@pytest.mark.parametrize("times", [1.2, 2, 4, 16])
+def test_automatic_parameters_reach_the_context(train, times, schedule):
+    config = plan(train, int(train * times), schedule=schedule)
     assert config.is_active
     assert config.longest_context >= config.n_ctx
     assert 0 < config.neighbor_window < config.max_distance <= train
 
 
-def test_within_the_trained_context_nothing_is_grouped():
-    config = plan(4096, 4096)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_within_the_trained_context_nothing_is_grouped(schedule):
+    config = plan(4096, 4096, schedule=schedule)
     assert not config.is_active
     assert config.group_size == 1
+    assert config.n_moves == 0
+    assert config.longest_context >= 4096
     assert "plain llama.cpp" in str(config)
 
 
@@ -32,6 +36,89 @@ def test_the_config_explains_itself():
         "older tokens share key positions in groups of 8, at least the latest 1024 keep their exact distance, "
         "and no distance reaches 4096 (schedule selfextend, block 586)."
     )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "begins", "sharing", "promise", "block"),
+    [
+        (
+            "paper",
+            "beyond the neighbor window of 1024 tokens",
+            "older tokens share key positions in groups of 7",
+            "the latest 1024 keep their exact distance, and no distance reaches 4096",
+            512,
+        ),
+        (
+            "adagrope",
+            "beyond 4096 tokens",
+            "older tokens share key positions in groups that grow with the distance and with the text, up to 14",
+            "the latest 128 keep their exact distance, and no distance reaches 2048",
+            192,
+        ),
+        (
+            "rerope",
+            "beyond 4096 tokens",
+            "all older tokens share one key position",
+            "the latest 1024 keep their exact distance, and no distance reaches 4096",
+            512,
+        ),
+        (
+            # 16384 - 1024 tokens beyond the window, 4096 - 1024 - 512 - 512 + 1 = 2049 positions: 7.496 a position.
+            "leaky-rerope",
+            "beyond 4096 tokens",
+            "the distance of older tokens grows by 1 every 7.5 tokens",
+            "the latest 1024 keep their exact distance, and no distance reaches 4096",
+            512,
+        ),
+    ],
+)
+def test_every_schedule_explains_itself(schedule, begins, sharing, promise, block):
+    assert str(plan(4096, 16384, schedule=schedule)) == (
+        f"Up to 16384 tokens (4x the trained 4096): {begins}, {sharing}, at least {promise} "
+        f"(schedule {schedule}, block {block})."
+    )
+
+
+@pytest.mark.parametrize("schedule", ["adagrope", "rerope", "leaky-rerope"])
+@pytest.mark.parametrize("n_ctx", [100, 1024])
+def test_a_parameter_without_use_is_refused(schedule, n_ctx):
+    with pytest.raises(SelfExtendError, match=f"schedule {schedule} has no use for group_size: .*; leave it out"):
+        plan(256, n_ctx, schedule=schedule, group_size=8)
+
+
+def test_parameters_of_the_other_schedules():
+    # adagrope: P = 128 positions; room 128//4 + 1 = 33, a quarter for the window: 8. Of the other 25, a sixth is for
+    # the largest step (4) and half between two moves (12). Beyond 256 tokens, 15 blocks of 12 reach 436:
+    #   32 once (G = 1), 16 twice (G = 2), 128 - 48 = 80 three times: 32 + 32 + 240 = 304 < 436
+    #   and, three not being a power of two, those 80 four times: 32 + 32 + 320 = 384 < 436
+    #   8 four times (G = 4), 72 five times: 32 + 32 + 32 + 360 = 456 >= 436.
+    config = plan(256, 430, schedule="adagrope")
+    assert (config.max_distance, config.neighbor_window, config.n_batch, config.block_size) == (128, 8, 4, 12)
+    assert config.group_size == 5
+    assert config.n_moves == 15
+    assert config.longest_context == 256 + (456 - 256) // 12 * 12
+    # All positions for perplexity, as the paper does.
+    assert plan(256, 1024, schedule="adagrope", max_distance=256).max_distance == 256
+
+    # rerope reaches any length: its farthest distance is W + block - 1. All but the latest W tokens share a position.
+    config = plan(256, 2**30, schedule="rerope")
+    assert config.longest_context == 2**30
+    assert config.group_size == 2**30 - 64
+
+    # leaky-rerope: 256 - 64 - 64 - 32 + 1 = 97 positions for the 1024 - 64 = 960 tokens beyond the window, 9.9 each.
+    config = plan(256, 1024, schedule="leaky-rerope")
+    assert (config.neighbor_window, config.block_size, config.n_batch, config.group_size) == (64, 64, 32, 10)
+    assert config.longest_context == 1024
+
+
+@pytest.mark.parametrize("schedule", ["selfextend", "paper", "adagrope", "leaky-rerope"])
+def test_the_reach_of_every_schedule_is_named(schedule):
+    with pytest.raises(SelfExtendError, match="beyond the reach") as error:
+        plan(256, 10**6, schedule=schedule)
+    longest = int(re.search(r"at most (\d+) tokens", str(error.value)).group(1))
+    assert plan(256, longest, schedule=schedule).group_size == 256
+    with pytest.raises(SelfExtendError, match="beyond the reach"):
+        plan(256, longest + 1, schedule=schedule)
 
 
 def test_the_smallest_group_size_that_fits_is_chosen():
@@ -68,7 +155,12 @@ def test_beyond_the_reach_of_the_method():
         ({"neighbor_window": 0}, "neighbor_window must be between"),
         ({"max_distance": 257}, "max_distance must be between 8 and 256"),
         ({"block_size": 0}, "block_size must be between"),
-        ({"schedule": "yarn"}, "unknown schedule 'yarn'; choose from selfextend, paper"),
+        ({"schedule": "adagrope", "neighbor_window": 32}, "neighbor_window must be between 1 and 31"),
+        ({"schedule": "adagrope", "block_size": 22}, "block_size must be between 1 and 21 with a neighbor window of 8"),
+        (
+            {"schedule": "yarn"},
+            "unknown schedule 'yarn'; choose from selfextend, paper, adagrope, rerope, leaky-rerope",
+        ),
     ],
 )
 @pytest.mark.parametrize("n_ctx", [100, 1024])
