@@ -143,7 +143,7 @@ SX_API int32_t sx_engine_attach(sx_engine * engine, struct llama_context * ctx);
 // Number of layers whose keys are rewritten (not those without RoPE or with sliding attention); 0 before attach.
 SX_API int32_t sx_engine_n_layers(const sx_engine * engine);
 
-// Whether angles are stored in a frame (see above), so that a key is rewritten about three times however long the text
+// Whether angles are stored in a frame (see above), so that a key is rewritten a few times however long the text
 // becomes. Without one, in models with sliding attention, every key is rewritten whenever the boundary moves.
 SX_API bool sx_engine_has_frame(const sx_engine * engine);
 

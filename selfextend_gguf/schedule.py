@@ -31,11 +31,18 @@ _TILE = 64
 _SMALLEST_LIMIT = 256
 
 
-def whole_tiles(n: int) -> int:
-    """Tokens between two moves of the boundary: at most n and at most 512 (llama.cpp's usual batch), in the tiles of 64
-    queries that its CPU flash attention computes at once."""
-    n = max(1, n)
-    return n if n < _TILE else min(512, n // _TILE * _TILE)
+def whole_tiles(n: int, most: int) -> int:
+    """Tokens between two moves of the boundary: at most n and at most `most`, in the tiles of 64 queries that llama.cpp's
+    CPU flash attention computes at once."""
+    n = max(1, min(n, most))
+    return n if n < _TILE else n // _TILE * _TILE
+
+
+def usual_block(free: int) -> int:
+    """Tokens between two moves, with `free` positions beside the window: a third of them, but not more than 512 (llama.cpp's
+    usual batch) or, where that is more, a sixth: a key of the window is rewritten at each move, so about eight times at
+    most before it is grouped, however many tokens the model was trained on."""
+    return whole_tiles(free // 3, max(512, free // 6))
 
 
 def slack(config: SelfExtendConfig) -> int:
@@ -68,7 +75,7 @@ class Schedule(ABC):
 
     def default_block(self, free: int, n_batch: int, size: int) -> int:
         """Tokens between two moves, with `free` positions beside the window."""
-        return whole_tiles(free // 3)
+        return usual_block(free)
 
     def largest_group(self, n_ctx_train: int) -> int:
         """Most tokens that may share one key position."""
@@ -119,7 +126,7 @@ class SelfExtend(Schedule):
 
     def default_block(self, free: int, n_batch: int, size: int) -> int:
         # Moving the boundary by one block makes room for block - block//size tokens: as many as whole tiles.
-        tiles = whole_tiles(free // 3)
+        tiles = usual_block(free)
         return min(tiles + -(-tiles // (size - 1)), free - n_batch)
 
     def reach(self, config: SelfExtendConfig) -> int:
@@ -220,7 +227,7 @@ class AdaGroPE(Schedule):
         return distance // 4 + 1
 
     def default_block(self, free: int, n_batch: int, size: int) -> int:
-        return whole_tiles(free // 2)  # larger than others', since each move rewrites many keys
+        return whole_tiles(free // 2, 512)  # larger than others', since each move rewrites many keys
 
     def reach(self, config: SelfExtendConfig) -> int:
         size, left, text = config.group_size, config.max_distance, 0

@@ -47,7 +47,7 @@ def test_keys_of_few_bits_in_a_model_that_rewrites_often_are_warned_of(path_of):
         moves("gemma2", "q8_0")
         moves("gemma2", "f16")
         moves("cohere2", "q4_0")  # rewrites nothing
-        moves("llama", "q4_0")  # rewrites each key about three times
+        moves("llama", "q4_0")  # rewrites each key a few times
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "gemma3", "cohere2", "llama4"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
-from selfextend_gguf import SelfExtendError, plan
+from selfextend_gguf import SelfExtendError, plan, schedule_positions
+from selfextend_gguf._native import schedule_step
 from selfextend_gguf.config import SCHEDULES, longest_context
 
 
@@ -167,3 +169,21 @@ def test_beyond_the_reach_of_the_method():
 def test_bad_parameters_are_refused_even_where_they_would_not_be_used(arguments, message, n_ctx):
     with pytest.raises(SelfExtendError, match=message):
         plan(256, n_ctx, **arguments)
+
+
+@pytest.mark.parametrize(("n_ctx_train", "n_ctx"), [(256, 4096), (2048, 32768), (4096, 65536), (131072, 524288)])
+def test_no_key_is_rewritten_more_than_eight_times(n_ctx_train, n_ctx):
+    """The engine stores angles of P(k) - P(0): a key is rewritten when that changes."""
+    config = plan(n_ctx_train, n_ctx)
+    stored, rewrites = np.zeros(n_ctx, np.int64), np.zeros(n_ctx, np.int64)
+    at = 0
+    while at < n_ctx:
+        step = schedule_step(config, at, n_ctx - at)
+        angles = schedule_positions(config, at, at + step).astype(np.int64)
+        frame = angles[0] if at else 0
+        rewrites[:at] += angles - frame != stored[:at]
+        stored[:at] = angles - frame
+        stored[at : at + step] = np.arange(at, at + step) - frame
+        at += step
+    assert rewrites.max() <= 8
+    assert 1 < rewrites[: n_ctx // 2].mean() < 7
