@@ -6,8 +6,10 @@ import click
 from selfextend_gguf.cli.bench import bench
 from selfextend_gguf.cli.demo import demo
 from selfextend_gguf.cli.errors import ErrorHandlingGroup
+from selfextend_gguf.cli.evaluate import evaluate
 from selfextend_gguf.cli.info import info
 from selfextend_gguf.cli.run import run
+from selfextend_gguf.cli.tune import tune
 
 from selfextend_gguf import __version__
 
@@ -24,5 +26,5 @@ def main() -> None:
     """
 
 
-for command in (run, info, demo, bench):
+for command in (run, info, demo, bench, evaluate, tune):
     main.add_command(command)

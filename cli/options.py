@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import click
 
 from selfextend_gguf.config import SCHEDULES
 from selfextend_gguf.kv_cache import KV_TYPES
+
+SELF_EXTEND_PARAMETERS = ("group_size", "neighbor_window", "max_distance", "block_size", "schedule")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -27,11 +30,36 @@ model_argument = click.argument("model", type=click.Path(path_type=Path))
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log, and tracebacks of errors.")
 
+
+def _load_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Let a file written by `tune` give the defaults of Self-Extend's options."""
+    if path is None:
+        return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        unknown = set(values) - set(SELF_EXTEND_PARAMETERS)
+    except (ValueError, TypeError) as error:
+        raise click.BadParameter(f"{path} is no file that `sx-gguf tune` wrote: {error}") from error
+    if unknown:
+        raise click.BadParameter(f"{path} has unknown parameters: {', '.join(sorted(unknown))}")
+    context.default_map = {**(context.default_map or {}), **values}
+
+
 self_extend_options = _combine(
+    click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        callback=_load_config,
+        is_eager=True,
+        expose_value=False,
+        help="File written by `sx-gguf tune`; the options below override it.",
+    ),
     click.option(
         "-gan", "--group-size", type=int, help="Tokens that share a key position outside the window [automatic]."
     ),
     click.option("-gaw", "--neighbor-window", type=int, help="Latest tokens that keep exact distances [automatic]."),
+    click.option("--max-distance", type=int, help="No query sees a distance of so many tokens [trained context]."),
+    click.option("--block-size", type=int, help="Steps in which the grouped part grows, in tokens [automatic]."),
     click.option(
         "--schedule", type=click.Choice(SCHEDULES), help=f"How keys are grouped as the text grows [{SCHEDULES[0]}]."
     ),
@@ -76,26 +104,21 @@ sampling_options = _combine(
 )
 
 
-def llama_arguments(
-    *,
-    threads: int | None,
-    gpu_layers: int,
-    cache_type_k: str,
-    cache_type_v: str,
-    group_size: int | None,
-    neighbor_window: int | None,
-    schedule: str | None,
-    verbose: bool,
+def model_arguments(
+    *, threads: int | None, gpu_layers: int, cache_type_k: str, cache_type_v: str, verbose: bool
 ) -> dict[str, Any]:
-    """Arguments of `Llama` from the options above."""
+    """Arguments of both `Llama` classes from `device_options` and `verbose_option`."""
     return {
         "n_threads": threads,
         "n_threads_batch": threads,
         "n_gpu_layers": gpu_layers,
         "type_k": KV_TYPES[cache_type_k],
         "type_v": KV_TYPES[cache_type_v],
-        "group_size": group_size,
-        "neighbor_window": neighbor_window,
-        "schedule": schedule,
         "verbose": verbose,
     }
+
+
+def llama_arguments(**options: Any) -> dict[str, Any]:
+    """Arguments of our `Llama` from those and `self_extend_options`."""
+    parameters = {name: options.pop(name) for name in SELF_EXTEND_PARAMETERS}
+    return model_arguments(**options) | parameters

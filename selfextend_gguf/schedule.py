@@ -32,16 +32,16 @@ _SMALLEST_LIMIT = 256
 
 
 def whole_tiles(n: int, most: int) -> int:
-    """Tokens between two moves of the boundary: at most n and at most `most`, in the tiles of 64 queries that llama.cpp's
-    CPU flash attention computes at once."""
+    """Tokens between two moves of the boundary: at most n and at most `most`, in the tiles of 64 queries that
+    llama.cpp's CPU flash attention computes at once."""
     n = max(1, min(n, most))
     return n if n < _TILE else n // _TILE * _TILE
 
 
 def usual_block(free: int) -> int:
-    """Tokens between two moves, with `free` positions beside the window: a third of them, but not more than 512 (llama.cpp's
-    usual batch) or, where that is more, a sixth: a key of the window is rewritten at each move, so about eight times at
-    most before it is grouped, however many tokens the model was trained on."""
+    """Tokens between two moves, with `free` positions beside the window: a third of them, but not more than 512
+    (llama.cpp's usual batch) or, where that is more, a sixth. A key of the window is rewritten at each move: eight
+    times at most before it is grouped, however many tokens the model was trained on."""
     return whole_tiles(free // 3, max(512, free // 6))
 
 

@@ -1,0 +1,111 @@
+"""`sx-gguf tune`: choose Self-Extend's parameters by measurement."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from selfextend_gguf.cli.evaluate import read_text, status_line
+from selfextend_gguf.cli.options import device_options, model_argument, model_arguments, verbose_option
+
+from selfextend_gguf.evaluation.retrieval import ANSWER_ROOM, score
+from selfextend_gguf.evaluation.tasks import TASKS, Wish
+from selfextend_gguf.evaluation.tune import Trial
+from selfextend_gguf.evaluation.tune import tune as find
+from selfextend_gguf.llama import Llama
+from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.models import DEMO_TEXT
+
+N_KEYS = 12
+SHOWN = 5
+
+
+@click.command()
+@model_argument
+@click.option("-c", "--ctx", type=click.IntRange(2), required=True, help="Context to tune for, in tokens.")
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text like yours [a bundled one].")
+@click.option("--budget", type=click.FloatRange(5), default=180, show_default=True, help="Seconds to spend.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the best parameters for --config.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
+@device_options
+@verbose_option
+def tune(
+    model: Path, ctx: int, file: Path | None, budget: float, out: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Try schedules, group sizes, windows and distances on a text, and print the best.
+
+    Ranked by perplexity on the same tokens (those beyond the trained context), paired with the automatic parameters;
+    the best are also asked for keys hidden in the text.
+
+    \b
+    Example:
+        sx-gguf tune model.gguf --ctx 16384 -f book.txt -o tuned.json
+        sx-gguf run model.gguf --ctx 16384 --config tuned.json -f book.txt
+    """
+    text = read_text(file or DEMO_TEXT)
+    arguments = model_arguments(**options)
+    with ModelInfo(model, verbose=options["verbose"]) as info:
+        tokens, n_ctx_train = info.tokenize(text.encode(), add_bos=True), info.n_ctx_train
+        if ctx <= n_ctx_train:
+            raise click.ClickException(f"{ctx} tokens fit the trained context of {n_ctx_train}: nothing to tune")
+        if ctx > len(tokens):
+            raise click.ClickException(f"the text has {len(tokens)} tokens, {ctx} are needed: give a longer with -f")
+
+        def count(part: str) -> int:
+            return len(info.tokenize(part.encode(), add_bos=True))
+
+        rng, haystack = np.random.default_rng(0), text.encode("ascii", "replace").decode()
+        wishes = [Wish(ctx - ANSWER_ROOM, count, float(d), text=haystack) for d in np.linspace(0.05, 0.95, N_KEYS)]
+        tasks = [TASKS["native"](rng, wish) for wish in wishes]
+
+    def retrieval(parameters: dict[str, Any]) -> float:
+        llm = Llama(str(model), n_ctx=ctx, **parameters, **arguments)
+        try:
+            return float(np.mean([score(llm, task) for task in tasks]))
+        finally:
+            llm.close()
+
+    with status_line() as show:
+        trials = find(
+            str(model),
+            tokens,
+            ctx,
+            n_ctx_train,
+            budget,
+            retrieval=retrieval,
+            on_progress=lambda done, left, seconds: show(f"{done} readings, {left} candidates, {seconds:.0f} s"),
+            **arguments,
+        )
+    best, default = trials[0], next(t for t in trials if t.is_default)
+    if out is not None:
+        out.write_text(json.dumps(best.parameters) + "\n", encoding="utf-8")
+    command = f"sx-gguf run {shlex.quote(str(model))} --ctx {ctx} {flags(best)}"
+    if as_json:
+        click.echo(json.dumps({"command": command, "trials": [record(trial, default) for trial in trials]}))
+        return
+    click.echo(f"{'perplexity, relative to automatic':<35}{'keys found':<12}parameters")
+    for trial in [*trials[:SHOWN], *([default] if default not in trials[:SHOWN] else [])]:
+        found = "" if trial.retrieval is None else f"{trial.retrieval:.2f}"
+        click.echo(f"{trial.ratio_to(default)!s:<35}{found:<12}{flags(trial)}{'  (automatic)' * trial.is_default}")
+    click.echo(f"\n{command}")
+
+
+def record(trial: Trial, default: Trial) -> dict[str, Any]:
+    """A trial for --json."""
+    ratio = trial.ratio_to(default)
+    return {
+        "parameters": trial.parameters,
+        "is_default": trial.is_default,
+        "relative_perplexity": ratio.value,
+        "standard_error": ratio.error,
+        "retrieval": trial.retrieval,
+    }
+
+
+def flags(trial: Trial) -> str:
+    """The parameters as options of the command line."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in trial.parameters.items())

@@ -1,0 +1,108 @@
+"""Perplexity by text length and by position, of several ways to read the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import exp, sqrt
+from typing import Any
+
+import numpy as np
+
+from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.evaluation.readers import Losses, open_reader
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its standard error."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        digits = 3 if self.value < 10 else 2 if self.value < 100 else 0
+        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
+
+
+def perplexity(losses: Losses) -> Estimate:
+    """exp of the mean loss (nats, shape (n,)), with the standard error of the mean carried over (delta method).
+
+    Like llama.cpp's: losses of neighbouring tokens are taken as independent.
+    """
+    mean = exp(losses.mean())
+    return Estimate(mean, mean * float(losses.std()) / sqrt(len(losses)))
+
+
+def perplexity_ratio(losses: Losses, reference: Losses) -> Estimate:
+    """Perplexity in relation to that of the same tokens read in another way, from paired losses: its standard error is
+    that of the differences, which vary far less than the losses themselves."""
+    ratio = exp((losses - reference).mean())
+    return Estimate(ratio, ratio * float((losses - reference).std()) / sqrt(len(losses)))
+
+
+@dataclass(frozen=True)
+class LengthResult:
+    """One method at one text length. Losses are those of the second halves of the texts."""
+
+    method: str
+    n_tokens: int
+    perplexity: Estimate
+    ratio: Estimate  # to the first method of the comparison
+    losses: Losses  # (n_texts, n_tokens - 1) of whole texts, for plots
+
+
+def stretches(tokens: Sequence[int], n_tokens: int, n_texts: int) -> list[list[int]]:
+    """Up to `n_texts` stretches of `n_tokens`, spread evenly and not overlapping. ConfigError if there is none."""
+    if n_tokens > len(tokens):
+        raise ConfigError(f"the text has {len(tokens)} tokens, {n_tokens} were asked for")
+    n_texts = min(n_texts, len(tokens) // n_tokens)
+    starts = np.linspace(0, len(tokens) - n_tokens, n_texts).astype(int)
+    return [list(tokens[start : start + n_tokens]) for start in starts]
+
+
+def compare(
+    model_path: str,
+    tokens: Sequence[int],
+    methods: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    n_texts: int = 1,
+    on_progress: Callable[[str, int], None] = lambda method, n_tokens: None,
+    parameters: dict[str, int | None] | None = None,
+    **arguments: Any,
+) -> list[LengthResult]:
+    """Read stretches of a text by each of `methods` (see `readers.METHODS`) at each length.
+
+    Args:
+        tokens: The whole text.
+        n_texts: Stretches a length.
+        on_progress: Called before each reading with the method and the length.
+        parameters: Of Self-Extend.
+        arguments: Of both `Llama` classes.
+    """
+    results = []
+    for n_tokens in lengths:
+        texts, reference = stretches(tokens, n_tokens, n_texts), None
+        for method in methods:
+            on_progress(method, n_tokens)
+            reader = open_reader(method, model_path, n_tokens, parameters=parameters, **arguments)
+            try:
+                losses = np.stack([reader.losses(text) for text in texts])
+            finally:
+                reader.close()
+            late = losses[:, n_tokens // 2 :].ravel()
+            reference = late if reference is None else reference
+            results.append(LengthResult(method, n_tokens, perplexity(late), perplexity_ratio(late, reference), losses))
+    return results
+
+
+def by_position(losses: Losses, n_bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Perplexity against position: middles (n_bins,) of intervals of equal ratio, and the perplexity in each.
+
+    `losses` (n_texts, n_tokens - 1). Intervals start at position 16, where there is some context.
+    """
+    edges = np.unique(np.geomspace(16, losses.shape[1], n_bins + 1).astype(int))
+    middles = np.sqrt(edges[:-1] * edges[1:])
+    return middles, np.array([exp(losses[:, a:b].mean()) for a, b in pairwise(edges)])

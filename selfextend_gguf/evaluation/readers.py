@@ -1,0 +1,237 @@
+"""Ways to read a text that is longer than the trained context: Self-Extend, and what llama.cpp itself offers.
+
+All read with the same llama.cpp, cache and threads, so that their losses can be paired token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import llama_cpp
+import llama_cpp.llama_cpp as c_api
+import numpy as np
+import numpy.typing as npt
+
+from selfextend_gguf._native import schedule_step
+from selfextend_gguf.config import SCHEDULES, plan
+from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.llama import Llama
+from selfextend_gguf.model_info import ModelInfo
+
+Losses = npt.NDArray[np.float64]
+
+_CELL_MULTIPLE = 256  # llama.cpp rounds a context up to it
+_LOOP_ROOM = 1024  # tokens for questions, which the loop cannot take back
+_LOOP_BATCH = 32  # tokens between two looks of llama.cpp's own loop; it needs them to be fewer than its window
+
+
+class Reader(Protocol):
+    """Reads one text at a time."""
+
+    def losses(self, tokens: Sequence[int]) -> Losses:
+        """Negative log-likelihood (nats) of tokens[1:], each given all that the method shows it; shape (n - 1,)."""
+        ...
+
+    def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+        """Read the prompt once; for each question go back to its end, read the question, continue it greedily."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def token_losses(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses:
+    """Negative log-likelihood (nats) of `targets` (n,) from logits (n, n_vocab)."""
+    result = np.empty(len(targets))
+    for begin in range(0, len(targets), 64):  # a vocabulary of 128,000 in float64 is a megabyte a row
+        rows = logits[begin : begin + 64].astype(np.float64)
+        rows -= rows.max(-1, keepdims=True)
+        chosen = np.asarray(targets[begin : begin + 64])
+        result[begin : begin + 64] = np.log(np.exp(rows).sum(-1)) - rows[np.arange(len(rows)), chosen]
+    return result
+
+
+class LlamaReader:
+    """A `Llama`, ours or llama_cpp's."""
+
+    def __init__(self, llm: llama_cpp.Llama) -> None:
+        self._llm = llm
+        self._config = getattr(llm, "self_extend", None)
+
+    def close(self) -> None:
+        self._llm.close()
+
+    def _read(self, tokens: Sequence[int], begin: int, *, all_logits: bool) -> Iterator[npt.NDArray[np.float32]]:
+        """Read tokens[begin:] behind the first `begin`; logits of each decode: (its tokens or 1, n_vocab)."""
+        llm = self._llm
+        llm._ctx.kv_cache_seq_rm(-1, begin, -1)
+        while begin < len(tokens):
+            step = min(llm.n_batch, len(tokens) - begin)
+            if self._config is not None:
+                step = schedule_step(self._config, begin, step)
+            llm._batch.set_batch(batch=tokens[begin : begin + step], n_past=begin, logits_all=all_logits)
+            llm._ctx.decode(llm._batch)
+            begin += step
+            shape = (step if all_logits else 1, llm.n_vocab())
+            yield np.ctypeslib.as_array(llm._ctx.get_logits(), shape=shape)
+
+    def losses(self, tokens: Sequence[int]) -> Losses:
+        parts, at = [], 1
+        for logits in self._read(tokens, 0, all_logits=True):
+            targets = tokens[at : at + len(logits)]
+            parts.append(token_losses(logits[: len(targets)], targets))
+            at += len(logits)
+        return np.concatenate(parts)
+
+    def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+        for _ in self._read(prompt, 0, all_logits=False):
+            pass
+        result = []
+        for question in questions:
+            tokens, answer, begin = [*prompt, *question], [], len(prompt)
+            for _ in range(n_tokens):
+                for logits in self._read(tokens, begin, all_logits=False):
+                    chosen = int(logits[-1].argmax())
+                begin = len(tokens)
+                answer.append(chosen)
+                tokens.append(chosen)
+            result.append(answer)
+        return result
+
+
+class WindowReader:
+    """Sliding truncation: no token sees more than one trained context.
+
+    Windows of one trained context start every half of one; each gives the losses of its second half (the first window
+    of all its tokens). So each token has half to one trained context before it: the text's own difficulty.
+    """
+
+    def __init__(self, llm: llama_cpp.Llama, n_ctx_train: int) -> None:
+        self._reader = LlamaReader(llm)
+        self._window = n_ctx_train
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def losses(self, tokens: Sequence[int]) -> Losses:
+        half = self._window // 2
+        result = np.empty(len(tokens) - 1)
+        for begin in range(0, max(1, len(tokens) - half), half):
+            part = self._reader.losses(tokens[begin : begin + self._window + 1])
+            keep = 0 if begin == 0 else half - 1
+            result[begin + keep : begin + len(part)] = part[keep:]
+        return result
+
+    def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+        kept = self._window - max(map(len, questions), default=0) - n_tokens
+        return self._reader.answers(prompt[-kept:], questions, n_tokens)
+
+
+class LoopReader:
+    """llama.cpp's own Self-Extend: the loop of its completion tool (`--grp-attn-n`, `--grp-attn-w`), which moves
+    positions with `llama_memory_seq_add` and `llama_memory_seq_div` before each batch."""
+
+    def __init__(self, llm: llama_cpp.Llama, group_size: int, window: int) -> None:
+        self._llm = llm
+        self._group_size, self._window = group_size, window
+        self._n_past = self._grouped = 0
+
+    def close(self) -> None:
+        self._llm.close()
+
+    def _read(self, tokens: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        memory, size, window = c_api.llama_get_memory(self._llm.ctx), self._group_size, self._window
+        for begin in range(0, len(tokens), _LOOP_BATCH):
+            while size > 1 and self._n_past >= self._grouped + window:
+                shift = size * self._grouped // window
+                squeeze = window // size * (size - 1)
+                rest = window // size - shift * squeeze - window
+                first = self._grouped + shift * squeeze
+                c_api.llama_memory_seq_add(memory, 0, self._grouped, self._n_past, shift * squeeze)
+                c_api.llama_memory_seq_div(memory, 0, first, first + window, size)
+                c_api.llama_memory_seq_add(memory, 0, first + window, self._n_past + shift * squeeze, rest)
+                self._n_past -= squeeze
+                self._grouped += window // size
+            batch = tokens[begin : begin + _LOOP_BATCH]
+            self._llm._batch.set_batch(batch=batch, n_past=self._n_past, logits_all=True)
+            self._llm._ctx.decode(self._llm._batch)
+            self._n_past += len(batch)
+            yield np.ctypeslib.as_array(self._llm._ctx.get_logits(), shape=(len(batch), self._llm.n_vocab()))
+
+    def _start(self) -> None:
+        self._llm._ctx.kv_cache_clear()
+        self._n_past = self._grouped = 0
+
+    def losses(self, tokens: Sequence[int]) -> Losses:
+        self._start()
+        logits = np.concatenate([part.copy() for part in self._read(tokens)])
+        return token_losses(logits[:-1], tokens[1:])
+
+    def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+        """Questions one after the other: the loop cannot go back, divided positions are lost."""
+        self._start()
+        logits = [part[-1].copy() for part in self._read(prompt)]
+        result = []
+        for question in questions:
+            logits = [part[-1].copy() for part in self._read(question)]
+            answer = [int(logits[-1].argmax())]
+            while len(answer) < n_tokens:
+                logits = [part[-1].copy() for part in self._read(answer[-1:])]
+                answer.append(int(logits[-1].argmax()))
+            result.append(answer)
+        return result
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------
+
+# Each stretched to the length asked for: positions divided (linear), the RoPE base raised (NTK), or both by frequency
+# (YaRN with its published ramp, llama.cpp's default).
+_STRETCHED = ("linear", "ntk", "yarn")
+METHODS = (*SCHEDULES, "plain", *_STRETCHED, "window", "loop")
+
+
+def _stretched(method: str, factor: float, base: float, n_rot: int, n_ctx_train: int) -> dict[str, Any]:
+    """Arguments of llama_cpp.Llama for a context `factor` times the trained one."""
+    if method == "linear":
+        return {"rope_scaling_type": llama_cpp.LLAMA_ROPE_SCALING_TYPE_LINEAR, "rope_freq_scale": 1 / factor}
+    if method == "ntk":
+        # The lowest frequency turns as far over the whole text as it did over the trained context.
+        return {"rope_freq_base": base * factor ** (n_rot / (n_rot - 2))}
+    return {
+        "rope_scaling_type": llama_cpp.LLAMA_ROPE_SCALING_TYPE_YARN,
+        "rope_freq_scale": 1 / factor,
+        "yarn_orig_ctx": n_ctx_train,
+        "yarn_ext_factor": 1.0,
+    }
+
+
+def open_reader(
+    method: str, model_path: str, n_tokens: int, *, parameters: dict[str, int | None] | None = None, **arguments: Any
+) -> Reader:
+    """A reader of texts of up to `n_tokens` by one of METHODS.
+
+    Args:
+        method: A schedule of Self-Extend, or "plain", "linear", "ntk", "yarn" (each stretched to `n_tokens`), "window"
+            (sliding truncation), "loop" (llama.cpp's own Self-Extend).
+        parameters: Of Self-Extend: group_size, neighbor_window, ...; None = automatic. The loop takes its group size.
+        arguments: Of both `Llama` classes: n_threads, type_k, ...
+
+    Raises the errors of `Llama`, and ConfigError for an unknown method.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    arguments = {"verbose": False, **arguments}
+    if method in SCHEDULES:
+        return LlamaReader(Llama(model_path, n_ctx=n_tokens, schedule=method, **(parameters or {}), **arguments))
+    with ModelInfo(model_path) as info:
+        n_ctx_train, base, n_rot = info.n_ctx_train, info.rope_base, info.n_rot
+    n_ctx = {"window": n_ctx_train, "loop": n_tokens + _LOOP_ROOM}.get(method, n_tokens)
+    if method in _STRETCHED:
+        arguments |= _stretched(method, max(1.0, n_tokens / n_ctx_train), base, n_rot, n_ctx_train)
+    llm = llama_cpp.Llama(model_path, n_ctx=-(-(n_ctx + 1) // _CELL_MULTIPLE) * _CELL_MULTIPLE, **arguments)
+    if method == "window":
+        return WindowReader(llm, n_ctx_train)
+    if method == "loop":
+        size = plan(n_ctx_train, n_tokens, **(parameters or {})).group_size
+        return LoopReader(llm, size, max(size, n_ctx_train // 2 // size * size))
+    return LlamaReader(llm)

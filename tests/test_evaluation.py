@@ -1,0 +1,265 @@
+"""Perplexity, tuning and the study: what they compute, and the commands that print it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from helpers import F32
+from selfextend_gguf.cli import main
+
+from selfextend_gguf import Llama, plan
+from selfextend_gguf.config import SCHEDULES
+from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.evaluation import study
+from selfextend_gguf.evaluation.perplexity import by_position, compare, perplexity, perplexity_ratio, stretches
+from selfextend_gguf.evaluation.readers import METHODS, open_reader, token_losses
+from selfextend_gguf.evaluation.tune import candidates, parameters_of, tune
+from selfextend_gguf.models import TINY_MODEL, TINY_MODELS
+
+MODEL = str(TINY_MODEL)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+@pytest.fixture(scope="module")
+def tokens(heldout_text) -> list[int]:
+    return list(heldout_text.encode())
+
+
+@pytest.fixture(scope="module")
+def text_file(heldout_text, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(heldout_text[:12000])
+    return str(path)
+
+
+# ---- readers -----------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_those_of_the_logits():
+    # One row, three tokens with logits 0, 1, 2: -log(e^1 / (e^0 + e^1 + e^2)) = log(11.107) - 1 = 1.40761
+    assert token_losses(np.array([[0, 1, 2]], np.float32), [1]) == pytest.approx([1.407606], abs=1e-6)
+
+
+def test_self_extend_reads_as_llama_does(tokens):
+    llm = Llama(MODEL, n_ctx=1024, logits_all=True, flash_attn=False, verbose=False, **F32)
+    llm.eval(tokens[:1000])
+    wanted = token_losses(llm.scores[:999], tokens[1:1000])
+    reader = open_reader("selfextend", MODEL, 1024, flash_attn=False, **F32)
+    assert reader.losses(tokens[:1000]) == pytest.approx(wanted, abs=1e-9)
+    first, second = reader.losses(tokens[:500]), reader.losses(tokens[:500])
+    assert np.array_equal(first, second)  # reading again starts afresh
+
+
+def test_fresh_windows_give_every_token_half_a_context_or_more(tokens):
+    """Token 300 stands in the window that starts at 128, so its loss is that of reading tokens 128 to 300."""
+    reader = open_reader("window", MODEL, 600)
+    losses = reader.losses(tokens[:600])
+    assert len(losses) == 599
+    plain = llama_cpp.Llama(MODEL, n_ctx=512, logits_all=True, verbose=False)
+    plain.eval(tokens[128:301])
+    assert losses[299] == pytest.approx(token_losses(plain.scores[171:172], [tokens[300]])[0], abs=0.01)
+
+
+def test_the_loop_is_plain_until_it_starts(tokens):
+    plain, loop = (open_reader(method, MODEL, 512).losses(tokens[:512]) for method in ("plain", "loop"))
+    assert loop[:100] == pytest.approx(plain[:100], abs=0.05)
+    assert np.abs(loop[300:] - plain[300:]).max() > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_methods_read_and_answer(tokens, method):
+    reader = open_reader(method, MODEL, 400)
+    question = list(b"\nWhat is the oak key? The oak key is ")
+    fact = list(b"The oak key is 48213. ")
+    found = reader.answers([*tokens[:150], *fact], [question, question], 5)
+    losses = reader.losses(tokens[:300])
+    reader.close()
+    assert bytes(found[0]) == b"48213" or method in ("linear", "loop")
+    assert np.isfinite(losses).all()
+    assert len(losses) == 299
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ConfigError, match="unknown method 'dynamic'; choose from selfextend"):
+        open_reader("dynamic", MODEL, 400)
+
+
+# ---- perplexity --------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_and_its_standard_error():
+    losses = np.array([1.0, 2.0, 3.0])
+    # e^2 = 7.389; standard deviation sqrt(2/3), error of the mean sqrt(2/3)/sqrt(3) = 0.4714
+    assert perplexity(losses).value == pytest.approx(7.389, abs=1e-3)
+    assert perplexity(losses).error == pytest.approx(7.389 * 0.4714, abs=1e-2)
+    ratio = perplexity_ratio(losses + 0.1, losses)
+    assert (ratio.value, ratio.error) == pytest.approx((np.exp(0.1), 0.0), abs=1e-9)
+
+
+def test_stretches_do_not_overlap():
+    assert stretches(range(10), 4, 5) == [[0, 1, 2, 3], [6, 7, 8, 9]]
+    with pytest.raises(ConfigError, match="the text has 10 tokens, 11 were asked for"):
+        stretches(range(10), 11, 1)
+
+
+def test_perplexity_by_position_covers_all_positions():
+    middles, values = by_position(np.full((2, 1000), 0.5))
+    assert values == pytest.approx(np.exp(0.5))
+    assert middles[0] > 16
+    assert middles[-1] < 1000
+
+
+def test_self_extend_keeps_what_others_lose(tokens):
+    results = compare(MODEL, tokens, ["window", "selfextend", "plain", "yarn"], [1024], n_texts=2)
+    ratio = {r.method: r.ratio.value for r in results}
+    assert ratio["window"] == 1
+    assert ratio["selfextend"] < 1.03 < ratio["yarn"] < ratio["plain"]
+
+
+# ---- tune --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_ctx", [512, 4096])
+def test_candidates_start_with_the_default_and_can_be_written_down(n_ctx):
+    configs = list(candidates(256, n_ctx))
+    assert configs[0] == plan(256, n_ctx)
+    assert len(set(configs)) == len(configs) > 10
+    assert {config.schedule for config in configs} == set(SCHEDULES)
+    for config in configs:
+        assert plan(256, n_ctx, **parameters_of(config)) == config
+
+
+def test_tuned_parameters_are_no_worse_on_other_text(tokens):
+    trials = tune(MODEL, tokens[:20000], 1024, 256, budget_seconds=60)
+    best, default = trials[0], next(t for t in trials if t.is_default)
+    assert best.ratio_to(default).value <= 1
+    other = tokens[60000:90000]
+
+    def losses(trial) -> np.ndarray:
+        parameters = dict(trial.parameters)
+        reader = open_reader(parameters.pop("schedule"), MODEL, 1024, parameters=parameters)
+        return np.concatenate([reader.losses(text)[256:] for text in stretches(other, 1024, 10)])
+
+    ratio = perplexity_ratio(losses(best), losses(default))
+    assert ratio.value < 1 + 2 * ratio.error
+
+
+# ---- study -------------------------------------------------------------------------------------------------------
+
+
+def test_key_texts_hold_their_keys(heldout_text):
+    made = study.key_text(np.random.default_rng(1), heldout_text, 2000, 3, 0.5)
+    assert 1900 < len(made.prompt) + max(map(len, made.questions)) <= 2000
+    for i, (question, answer) in enumerate(zip(made.questions, made.answers, strict=True)):
+        name = re.search(rb"the (\w+) key", question)[1]
+        at = made.prompt.index(b"The " + name + b" key is " + answer)
+        assert at / len(made.prompt) == pytest.approx((i + 0.5) / 3, abs=0.05)
+
+
+def test_the_study_writes_its_document(heldout_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "TINY_MODELS", TINY_MODELS[:1])
+    monkeypatch.setattr(study, "KEYS_IN_TEXTS", ((1, 1), (1, 3)))
+    monkeypatch.setattr(study, "TOKENS_FOR_PERPLEXITY", 512)
+    text = tmp_path / "text.txt"
+    text.write_text(heldout_text[:5000])
+    study.main(["--text", str(text), "--out", str(tmp_path), "--times", "1", "2"])
+    document = (tmp_path / "results.md").read_text()
+    for method in METHODS:
+        assert re.search(rf"\| {method} \| [\d.]+ / [\d.]+ \| [\d.]+ / [\d.]+ \|", document)
+    assert is_png(tmp_path / "tiny-256-perplexity.png")
+    assert is_png(tmp_path / "tiny-256-keys.png")
+
+
+@pytest.mark.parametrize("model", TINY_MODELS, ids=lambda path: path.name)
+def test_both_models_reach_eight_times_their_context(heldout_text, tokens, model):
+    n_ctx_train = 512 if "512" in model.name else 256
+    row = study.measure(str(model), heldout_text, "selfextend", n_ctx_train, 8, None)
+    window = study.measure(str(model), heldout_text, "window", n_ctx_train, 8, None)
+    assert row.found >= 0.98
+    assert row.perplexity.value < 1.06 * window.perplexity.value
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+def test_eval_ppl(text_file, tmp_path):
+    plot = tmp_path / "ppl.png"
+    arguments = ["eval", "ppl", MODEL, "-f", text_file, "--lengths", "256,1024", "--against", "window"]
+    result = invoke(*arguments, "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [(line[0], line[2]) for line in lines[1:]] == [
+        (n, method) for n in ("256", "1024") for method in ("selfextend", "plain", "window")
+    ]
+    assert is_png(plot)
+    record = json.loads(invoke(*arguments, "--json").stdout)
+    relative = {r["method"]: r["relative"]["value"] for r in record["results"] if r["n_tokens"] == 1024}
+    assert relative["selfextend"] == 1
+    assert relative["plain"] > 3
+
+
+def test_eval_ppl_says_what_is_wrong(text_file, tmp_path):
+    result = invoke("eval", "ppl", MODEL, "-f", text_file, "--lengths", "20000")
+    assert (result.exit_code, result.stderr) == (1, "Error: the text has 12000 tokens, 20000 were asked for\n")
+    assert "token counts with commas" in invoke("eval", "ppl", MODEL, "-f", text_file, "--lengths", "1k").stderr
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"abc\xff")
+    assert "is not UTF-8 text: invalid byte at offset 3" in invoke("eval", "ppl", MODEL, "-f", str(binary)).stderr
+    assert invoke("eval", "ppl", MODEL, "-f", str(tmp_path / "none")).exit_code == 1
+
+
+def test_eval_passkey(tmp_path):
+    plot = tmp_path / "heat.png"
+    arguments = ["eval", "passkey", MODEL, "--task", "native", "--lengths", "256,768", "--depths", "2", "--trials", "2"]
+    result = invoke(*arguments, "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    assert [line.split()[3] for line in result.stdout.splitlines()[1:]] == ["1.00"] * 4
+    assert is_png(plot)
+    cells = json.loads(invoke(*arguments, "--plain", "--json").stdout)["cells"]
+    assert [cell["score"] for cell in cells if cell["n_tokens"] == 768] == [0.0, 0.0]
+    ruler = json.loads(
+        invoke("eval", "passkey", MODEL, "--task", "vt", "--lengths", "1500", "--trials", "1", "--json").stdout
+    )
+    assert [cell["depth"] for cell in ruler["cells"]] == [None]
+
+
+def test_tune_writes_what_config_reads(text_file, tmp_path):
+    tuned = tmp_path / "tuned.json"
+    result = invoke("tune", MODEL, "-c", "1024", "-f", text_file, "--budget", "20", "-o", str(tuned))
+    assert result.exit_code == 0, result.output
+    assert "(automatic)" in result.stdout
+    command = result.stdout.splitlines()[-1]
+    parameters = json.loads(tuned.read_text())
+    assert f"--schedule {parameters['schedule']}" in command
+
+    facts = json.loads(invoke("info", MODEL, "-c", "1024", "--config", str(tuned), "--json").stdout)
+    assert parameters.items() <= facts["self_extend"].items()
+    run = invoke("run", MODEL, "x" * 300, "-c", "1024", "-n", "1", "--config", str(tuned), "--json")
+    assert parameters.items() <= json.loads(run.stdout)["self_extend"].items()
+
+
+def test_config_files_that_tune_did_not_write_are_refused(tmp_path):
+    file = tmp_path / "config.json"
+    for content, message in (("{", "is no file that `sx-gguf tune` wrote"), ('{"G": 3}', "unknown parameters: G")):
+        file.write_text(content)
+        result = invoke("info", MODEL, "--config", str(file))
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_tune_says_what_is_wrong(text_file):
+    assert "nothing to tune" in invoke("tune", MODEL, "-c", "256", "-f", text_file).stderr
+    assert "give a longer" in invoke("tune", MODEL, "-c", "16384", "-f", text_file).stderr
