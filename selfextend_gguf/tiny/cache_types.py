@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from selfextend_gguf.evaluation.readers import open_reader
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.models import TINY_MODEL
-from selfextend_gguf.tiny.evaluate import losses_read_at_once, retrieval, retrieval_tasks
+from selfextend_gguf.tiny.evaluate import retrieval, retrieval_tasks
 from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama
 
 REWRITES = (0, 1, 10, 50)
@@ -31,10 +32,10 @@ def quality(model: str, text: str, kind: str, n_tokens: int, n_trials: int, n_te
     llm = Llama(model, n_ctx=n_tokens + 64, **arguments)
     found = retrieval(llm, retrieval_tasks(text, n_tokens, n_trials))
     llm.close()
-    llm = Llama(model, n_ctx=n_tokens, logits_all=True, **arguments)
+    reader = open_reader("selfextend", model, n_tokens, **arguments)
     starts = np.linspace(0, len(text) - n_tokens - 1, n_texts).astype(int)
-    losses = [losses_read_at_once(llm, list(text[s : s + n_tokens].encode()))[n_tokens // 2 :] for s in starts]
-    llm.close()
+    losses = [reader.losses(list(text[s : s + n_tokens].encode()))[n_tokens // 2 :] for s in starts]
+    reader.close()
     return found, float(np.exp(np.concatenate(losses).mean()))
 
 

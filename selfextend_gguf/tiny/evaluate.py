@@ -10,23 +10,19 @@ Their perplexities are compared with the text's own difficulty: the same tokens 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
-import llama_cpp.llama_cpp as c_api
 import numpy as np
-import numpy.typing as npt
 
 from selfextend_gguf._native import schedule_step
 from selfextend_gguf.config import plan
+from selfextend_gguf.evaluation.readers import open_reader, token_losses
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.reference import Reference
 from selfextend_gguf.tiny.data import KeyTask, key_task
-
-Array = npt.NDArray[np.float64]
 
 
 def retrieval_tasks(text: str, n_tokens: int, n_trials: int, seed: int = 0) -> list[KeyTask]:
@@ -45,63 +41,6 @@ def retrieval(llm: llama_cpp.Llama, tasks: list[KeyTask]) -> float:
     return right / len(tasks)
 
 
-def losses(logits: npt.ArrayLike, tokens: list[int]) -> Array:
-    """Negative log-likelihood (nats) of tokens[1:] from logits (n, n_vocab); shape (n - 1,)."""
-    rows = np.asarray(logits, np.float64)[: len(tokens) - 1]
-    rows = rows - rows.max(-1, keepdims=True)
-    return np.log(np.exp(rows).sum(-1)) - rows[np.arange(len(rows)), tokens[1:]]
-
-
-def losses_read_at_once(llm: llama_cpp.Llama, tokens: list[int]) -> Array:
-    """Losses of a text read from its beginning; `llm` needs `logits_all`."""
-    llm.reset()
-    llm.eval(tokens)
-    return losses(llm.scores[: len(tokens)], tokens)
-
-
-def losses_in_fresh_windows(llm: llama_cpp.Llama, tokens: list[int], n_ctx_train: int) -> Array:
-    """Losses with half to one trained context before each token, all positions trained; shape (n - 1,).
-
-    Windows of one trained context start every half; each contributes its second half (the first, all of it).
-    """
-    half = n_ctx_train // 2
-    result = np.empty(len(tokens) - 1)
-    for begin in range(0, max(1, len(tokens) - half), half):
-        window = tokens[begin : begin + n_ctx_train + 1]
-        part = losses_read_at_once(llm, window)
-        keep = 0 if begin == 0 else half - 1
-        result[begin + keep : begin + len(part)] = part[keep:]
-    return result
-
-
-def losses_of_group_attention_loop(
-    path: str, tokens: list[int], group_size: int, window: int, n_batch: int = 32
-) -> Array:
-    """Losses with llama.cpp's own Self-Extend: the position loop of its completion tool, before each batch."""
-    llm = llama_cpp.Llama(path, n_ctx=-(-len(tokens) // 256) * 256, n_batch=n_batch, verbose=False)
-    memory = c_api.llama_get_memory(llm.ctx)
-    rows, n_past, grouped = [], 0, 0
-    for begin in range(0, len(tokens), n_batch):
-        while group_size > 1 and n_past >= grouped + window:
-            shift = group_size * grouped // window
-            squeeze = window // group_size * (group_size - 1)
-            rest = window // group_size - shift * squeeze - window
-            c_api.llama_memory_seq_add(memory, 0, grouped, n_past, shift * squeeze)
-            c_api.llama_memory_seq_div(
-                memory, 0, grouped + shift * squeeze, grouped + shift * squeeze + window, group_size
-            )
-            c_api.llama_memory_seq_add(memory, 0, grouped + shift * squeeze + window, n_past + shift * squeeze, rest)
-            n_past -= squeeze
-            grouped += window // group_size
-        batch = tokens[begin : begin + n_batch]
-        llm._batch.set_batch(batch=batch, n_past=n_past, logits_all=True)
-        llm._ctx.decode(llm._batch)
-        rows.append(np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm.n_vocab())).copy())
-        n_past += len(batch)
-    llm.close()
-    return losses(np.concatenate(rows), tokens)
-
-
 @dataclass(frozen=True)
 class Row:
     """Results at one length; perplexities of the text's second half."""
@@ -118,7 +57,6 @@ class Row:
 def evaluate(model: str, text: str, n_tokens: int, n_trials: int, n_texts: int) -> Row:
     """Evaluate at one length. Each text is measured on its second half, over `n_texts` stretches of `text`."""
     extended = Llama(model, n_ctx=n_tokens + 64, verbose=False)
-    config = extended.self_extend
     tasks = retrieval_tasks(text, n_tokens, n_trials)
     found = retrieval(extended, tasks)
     extended.close()
@@ -126,30 +64,16 @@ def evaluate(model: str, text: str, n_tokens: int, n_trials: int, n_texts: int) 
     plain_found = retrieval(plain, tasks)
     plain.close()
 
-    extended = Llama(model, n_ctx=n_tokens, logits_all=True, verbose=False)
-    plain = llama_cpp.Llama(model, n_ctx=-(-n_tokens // 256) * 256, logits_all=True, verbose=False, flash_attn=True)
-    n_ctx_train = plain._model.n_ctx_train()
-    window = llama_cpp.Llama(model, n_ctx=512, logits_all=True, verbose=False, flash_attn=True)
     starts = np.linspace(0, len(text) - n_tokens - 1, n_texts).astype(int)
-    group_size = config.group_size if config else 1
+    texts = [list(text[start : start + n_tokens].encode()) for start in starts]
 
-    def mean(losses_of: Callable[[list[int]], Array]) -> float:
-        parts = [losses_of(list(text[s : s + n_tokens].encode()))[n_tokens // 2 :] for s in starts]
-        return float(np.exp(np.concatenate(parts).mean()))
+    def perplexity(method: str) -> float:
+        reader = open_reader(method, model, n_tokens)
+        late = [reader.losses(tokens)[n_tokens // 2 :] for tokens in texts]
+        reader.close()
+        return float(np.exp(np.concatenate(late).mean()))
 
-    loop_window = n_ctx_train // 2 // group_size * group_size or group_size
-    row = Row(
-        n_tokens,
-        found,
-        plain_found,
-        mean(lambda tokens: losses_read_at_once(extended, tokens)),
-        mean(lambda tokens: losses_in_fresh_windows(window, tokens, n_ctx_train)),
-        mean(lambda tokens: losses_read_at_once(plain, tokens)),
-        mean(lambda tokens: losses_of_group_attention_loop(model, tokens, group_size, loop_window)),
-    )
-    for llm in (extended, plain, window):
-        llm.close()
-    return row
+    return Row(n_tokens, found, plain_found, *map(perplexity, ("selfextend", "window", "plain", "loop")))
 
 
 def compare_with_paper(model: str, text: str, n_tokens: int) -> tuple[float, float, float]:
@@ -164,7 +88,7 @@ def compare_with_paper(model: str, text: str, n_tokens: int) -> tuple[float, flo
     ours = reference.logits(tokens, steps, config)
     paper = reference.paper_logits(tokens, config.group_size, config.neighbor_window)
     late = slice(n_tokens // 2, None)
-    perplexities = [float(np.exp(losses(logits, tokens)[late].mean())) for logits in (ours, paper)]
+    perplexities = [float(np.exp(token_losses(logits[:-1], tokens[1:])[late].mean())) for logits in (ours, paper)]
     return *perplexities, float(np.linalg.norm(ours[late] - paper[late]) / np.linalg.norm(paper[late]))  # type: ignore[return-value]
 
 
