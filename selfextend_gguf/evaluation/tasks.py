@@ -2,7 +2,7 @@
 
 `longlm` is the passkey prompt of LongLM (the code of arXiv 2401.01325), `llama.cpp` that of llama.cpp's
 examples/passkey, `native` one that the bundled tiny models understand. The others follow RULER (arXiv 2404.06654):
-its needles, its recall, and its templates and answer prefixes as far as they are known here. What differs: RULER draws
+its needles, recall, templates and answer prefixes. What differs: RULER draws
 words from a package of English words and, for `niah_multivalue` and `niah_multiquery`, hides needles in essays that
 would have to be downloaded; here words come from the lists below and the haystack is RULER's repeated noise. RULER's
 one-shot example before `vt` is left out.
@@ -215,19 +215,19 @@ def variable_tracking(rng: Rng, wish: Wish) -> Task:
     letters = list(string.ascii_uppercase)
     names = _distinct(lambda r: "".join(r.choice(letters, 5)), rng, 5)
     value = _number(rng, 5)
-    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in pairwise(names))]
+    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
     places = sorted(rng.random(len(chain)).tolist())
 
     def build(n: int) -> str:
-        lines = [NOISE] * n
-        for line, place in list(zip(chain, places, strict=True))[::-1]:
-            lines.insert(round(place * n), line)
+        sentences = [f"{NOISE}\n"] * n
+        for sentence, place in list(zip(chain, places, strict=True))[::-1]:
+            sentences.insert(round(place * n), sentence)
         return (
             "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-            + "\n".join(lines)
+            + " ".join(sentences)
             + f"\nQuestion: Find all variables that are assigned the value {value} in the text above. "
             "Answer: According to the chain(s) of variable assignment in the text above, "
-            f"5 variables are assgined the value {value}, they are: "  # RULER's spelling
+            f"5 variables are assigned the value {value}, they are: "
         )
 
     return Task(largest(build, wish), tuple(names), 30)
