@@ -2,19 +2,24 @@
 
 `longlm` is the passkey prompt of LongLM (the code of arXiv 2401.01325), `llama.cpp` that of llama.cpp's
 examples/passkey, `native` one that the bundled tiny models understand. The others follow RULER (arXiv 2404.06654):
-its needles, recall, templates and answer prefixes. What differs: RULER draws
-words from a package of English words and, for `niah_multivalue` and `niah_multiquery`, hides needles in essays that
-would have to be downloaded; here words come from the lists below and the haystack is RULER's repeated noise. RULER's
-one-shot example before `vt` is left out.
+its needles, templates, answer prefixes, numbers of tokens to generate, and recall. What differs:
+
+* RULER's length counts the tokens to generate too; here it is that of the prompt alone.
+* RULER draws keys from a package of English words. Here they come from the lists below, and no two needles share a key
+  until all 10000 pairs are used; the keys asked for are never used again.
+* `niah_multivalue` and `niah_multiquery` hide needles in essays, which would have to be downloaded. Here it is noise.
+* `niah_single_1`, `niah_multikey_2` and `niah_multikey_3` have their needle at the wished depth, not a random one.
+* `vt` comes without RULER's one-shot example.
+* `fwe` has 2000 coded words, RULER one for every 50 tokens; words too rare to occur make no difference.
 """
 
 from __future__ import annotations
 
 import string
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -22,21 +27,22 @@ from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.tiny.data import KeyTask, key_task
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_ADJECTIVES = [
-    "amber",
-    "brave",
-    "calm",
-    "daring",
-    "eager",
-    "fabled",
-    "gentle",
-    "hollow",
-    "icy",
-    "jolly",
-    "keen",
-    "lively",
-]
-_NOUNS = ["anchor", "basket", "candle", "dragon", "engine", "falcon", "garden", "hammer", "island", "jacket", "kettle"]
+_ADJECTIVES = """
+amber ample ancient azure bitter blunt brave breezy brisk calm candid chilly clever coarse cosy crisp curly daring
+dense dim dizzy dusty eager earnest elastic fabled faint fancy feeble fierce flat fluffy frozen gentle giant glad
+glossy grand grumpy hasty hidden hollow humble icy idle jagged jolly keen lame lavish lean lively lonely loud lucky
+mellow merry mild misty modest muddy narrow neat nimble noisy odd pale patient plain polite proud quick quiet rapid
+rare ripe rough rusty salty shiny shy silent sleepy slim smooth solid sour steep stern sturdy subtle sunny sweet tame
+tidy timid tiny vivid weary witty
+""".split()  # noqa: SIM905  (a list literal would take a line a word)
+_NOUNS = """
+acorn anchor apron arrow axle badge bakery barrel basket beacon blanket bottle bucket button cabin camel candle canoe
+carpet castle cellar chimney clock cobweb compass cradle curtain dagger desk dragon drum dune easel engine envelope
+falcon feather ferry fiddle flask fossil funnel gallery garlic goblet hammer hamster harp hinge igloo island ivory
+jacket jungle kettle kitten ladder lantern lemon lizard magnet marble meadow mirror mitten mosaic napkin needle nutmeg
+onion otter oven paddle parrot pebble pepper piano pillow pirate quarry quilt rabbit raft ribbon saddle sailor shovel
+sponge spoon statue teapot thimble ticket tractor trumpet tunnel umbrella violin wagon walnut
+""".split()  # noqa: SIM905  (a list literal would take a line a word)
 
 Rng = np.random.Generator
 CountTokens = Callable[[str], int]  # number of tokens of a text, as the model reads it
@@ -124,47 +130,66 @@ def llama_cpp(rng: Rng, wish: Wish) -> Task:
 def native(rng: Rng, wish: Wish) -> Task:
     """`The oak key is 48213.` in a text, as the tiny models were trained: one byte is one token there."""
     seed = int(rng.integers(2**31))
-
-    def build(n: int) -> str:
-        return make(min(n + 200, len(wish.text))).prompt  # 200: of the fact and its question
+    shortest = 75 + wish.digits  # bytes of the longest fact and its question
+    if len(wish.text) < shortest:
+        raise ConfigError(f"the text is too short: {len(wish.text)} bytes, at least {shortest} are needed")
 
     def make(n_bytes: int) -> KeyTask:
         return key_task(np.random.default_rng(seed), wish.text, n_bytes, wish.depth, wish.digits)
 
-    answer = make(200).answer
+    def build(n: int) -> str:
+        return make(min(shortest + n, len(wish.text))).prompt
+
+    answer = make(shortest).answer
     return Task(largest(build, wish), (answer,), wish.count_tokens(answer))
 
 
 # ---- RULER: needles in a haystack ------------------------------------------------------------------------------------
 
 
-def _words(rng: Rng) -> str:
-    return f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}"
+def _words(rng: Rng) -> Iterator[str]:
+    """Pairs of words without end; each pair once before any comes again."""
+    while True:
+        for pair in rng.permutation(len(_ADJECTIVES) * len(_NOUNS)).tolist():
+            yield f"{_ADJECTIVES[pair // len(_NOUNS)]}-{_NOUNS[pair % len(_NOUNS)]}"
 
 
-def _uuid(rng: Rng) -> str:
-    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+def _numbers(rng: Rng) -> Iterator[str]:
+    while True:
+        yield _number(rng, 7)
 
 
-def _seven_digits(rng: Rng) -> str:
-    return _number(rng, 7)
+def _uuids(rng: Rng) -> Iterator[str]:
+    while True:
+        yield str(uuid.UUID(bytes=rng.bytes(16), version=4))
 
 
-def _distinct(draw: Callable[[Rng], str], rng: Rng, n: int) -> list[str]:
-    """n different draws; words run out, and then get numbers."""
+def _random_words(rng: Rng, letters: str, length: int, n: int) -> list[str]:
+    """n different words of random letters."""
     seen: dict[str, None] = {}
     while len(seen) < n:
-        word = draw(rng)
-        seen[word if word not in seen else f"{word}-{len(seen)}"] = None
+        seen["".join(rng.choice(list(letters), length))] = None
     return list(seen)
+
+
+def _hide(facts: Sequence[str], places: Sequence[float], fillers: Sequence[str]) -> list[str]:
+    """The fillers with the facts among them, never two facts side by side.
+
+    `places` ascend from 0 (start) to 1 (end), one a fact; there are at least len(facts) - 1 fillers.
+    """
+    lines = list(fillers)
+    n_free = len(fillers) - (len(facts) - 1)  # the others keep the facts apart
+    for i in reversed(range(len(facts))):
+        lines.insert(round(places[i] * n_free) + i, facts[i])
+    return lines
 
 
 def _needles_in_haystack(
     rng: Rng,
     wish: Wish,
     *,
-    key: Callable[[Rng], str] = _words,
-    value: Callable[[Rng], str] = _seven_digits,
+    keys_from: Callable[[Rng], Iterator[str]] = _words,
+    values_from: Callable[[Rng], Iterator[str]] = _numbers,
     kind: str = "numbers",
     n_values: int = 1,
     n_queries: int = 1,
@@ -172,9 +197,11 @@ def _needles_in_haystack(
 ) -> Task:
     """RULER's niah: needles at random places of noise, or among needles that nobody asks for (`distractors`)."""
     sentence = "One of the special magic {kind} for {key} is: {value}."
-    keys = _distinct(key, rng, n_queries)
-    values = [[value(rng) for _ in range(n_values)] for _ in keys]
-    needles = [sentence.format(kind=kind, key=k, value=v) for k, each in zip(keys, values, strict=True) for v in each]
+    some_keys, some_values = keys_from(rng), values_from(rng)
+    keys = list(islice(some_keys, n_queries))
+    values = list(islice(some_values, n_queries * n_values))
+    needles = [sentence.format(kind=kind, key=keys[i // n_values], value=v) for i, v in enumerate(values)]
+    needles = [needles[i] for i in rng.permutation(len(needles))]  # not in the order of the question
     query = keys[0] if n_queries == 1 else ", ".join(keys[:-1]) + f", and {keys[-1]}"
     many = n_values * n_queries > 1
     if many:
@@ -196,35 +223,34 @@ def _needles_in_haystack(
     places = [wish.depth] if len(needles) == 1 else sorted(rng.random(len(needles)).tolist())
 
     def build(n: int) -> str:
-        while distractors and len(others) < n:
-            name = key(rng) + f"-{len(others)}" * (key is _words)  # words alone would run out
-            others.append(sentence.format(kind=kind, key=name, value=value(rng)))
-        lines = others[:n] if distractors else [NOISE] * n
-        for needle, place in sorted(zip(needles, places, strict=True), key=lambda pair: -pair[1]):
-            lines.insert(round(place * n), needle)
+        n_fillers = n + len(needles) - 1
+        while distractors and len(others) < n_fillers:
+            name = next(k for k in some_keys if k not in keys)
+            others.append(sentence.format(kind=kind, key=name, value=next(some_values)))
+        lines = _hide(needles, places, others[:n_fillers] if distractors else [NOISE] * n_fillers)
         return f"{intro}\n" + "\n".join(lines) + f"\n{question}{prefix}"
 
-    return Task(largest(build, wish), tuple(v for each in values for v in each), 128)
+    return Task(largest(build, wish), tuple(values), 128)
 
 
 # ---- RULER: variable tracking, frequent words ------------------------------------------------------------------------
 
 
 def variable_tracking(rng: Rng, wish: Wish) -> Task:
-    """One chain of four hops, `VAR X1 = 12345`, `VAR X2 = VAR X1`, ..., spread over noise in order."""
-    letters = list(string.ascii_uppercase)
-    names = _distinct(lambda r: "".join(r.choice(letters, 5)), rng, 5)
+    """One chain of four hops, `VAR X1 = 12345`, `VAR X2 = VAR X1`, ..., spread over noise in order.
+
+    As RULER joins them, a space stands between any two parts, a line ends behind noise, and hops end with a space.
+    """
+    names = _random_words(rng, string.ascii_uppercase, 5, 5)
     value = _number(rng, 5)
     chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
     places = sorted(rng.random(len(chain)).tolist())
 
     def build(n: int) -> str:
-        sentences = [f"{NOISE}\n"] * n
-        for sentence, place in list(zip(chain, places, strict=True))[::-1]:
-            sentences.insert(round(place * n), sentence)
+        parts = _hide(chain, places, [f"{NOISE}\n"] * (n + len(chain) - 1))
         return (
             "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-            + " ".join(sentences)
+            + " ".join(parts)
             + f"\nQuestion: Find all variables that are assigned the value {value} in the text above. "
             "Answer: According to the chain(s) of variable assignment in the text above, "
             f"5 variables are assigned the value {value}, they are: "
@@ -235,8 +261,7 @@ def variable_tracking(rng: Rng, wish: Wish) -> Task:
 
 def frequent_words(rng: Rng, wish: Wish) -> Task:
     """Coded words of six letters with Zipf frequencies (alpha 2); rank 1 is `...`, ranks 2 to 4 are asked for."""
-    letters = list(string.ascii_lowercase)
-    vocabulary = ["...", *_distinct(lambda r: "".join(r.choice(letters, 6)), rng, 1999)]
+    vocabulary = ["...", *_random_words(rng, string.ascii_lowercase, 6, 1999)]
     frequency = 1.0 / np.arange(1, len(vocabulary) + 1) ** 2.0
     frequency /= frequency.sum()
     seed = int(rng.integers(2**31))
@@ -265,7 +290,7 @@ TASKS: dict[str, Callable[[Rng, Wish], Task]] = {
     "niah_single_1": lambda rng, wish: _needles_in_haystack(rng, wish),
     "niah_multikey_2": lambda rng, wish: _needles_in_haystack(rng, wish, distractors=True),
     "niah_multikey_3": lambda rng, wish: _needles_in_haystack(
-        rng, wish, key=_uuid, value=_uuid, kind="uuids", distractors=True
+        rng, wish, keys_from=_uuids, values_from=_uuids, kind="uuids", distractors=True
     ),
     "niah_multivalue": lambda rng, wish: _needles_in_haystack(rng, wish, n_values=4),
     "niah_multiquery": lambda rng, wish: _needles_in_haystack(rng, wish, n_queries=4),
