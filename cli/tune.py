@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,24 @@ def tune(
             **arguments,
         )
     best, default = trials[0], next(t for t in trials if t.is_default)
-    if out is not None:
-        out.write_text(json.dumps(best.parameters) + "\n", encoding="utf-8")
     command = f"sx-gguf run {shlex.quote(str(model))} --ctx {ctx} {flags(best)}"
     if as_json:
         click.echo(json.dumps({"command": command, "trials": [record(trial, default) for trial in trials]}))
-        return
-    click.echo(f"{'perplexity, relative to automatic':<35}{'keys found':<12}parameters")
+    else:
+        click.echo(table(trials, default))
+        click.echo(f"\n{command}")
+    # Last: a file that cannot be written must not cost what took minutes to measure.
+    if out is not None:
+        out.write_text(json.dumps(best.parameters) + "\n", encoding="utf-8")
+
+
+def table(trials: Sequence[Trial], default: Trial) -> str:
+    """The best trials and the default."""
+    rows = [f"{'perplexity, relative to automatic':<35}{'keys found':<12}parameters"]
     for trial in [*trials[:SHOWN], *([default] if default not in trials[:SHOWN] else [])]:
         found = "" if trial.retrieval is None else f"{trial.retrieval:.2f}"
-        click.echo(f"{trial.ratio_to(default)!s:<35}{found:<12}{flags(trial)}{'  (automatic)' * trial.is_default}")
-    click.echo(f"\n{command}")
+        rows.append(f"{trial.ratio_to(default)!s:<35}{found:<12}{flags(trial)}{'  (automatic)' * trial.is_default}")
+    return "\n".join(rows)
 
 
 def record(trial: Trial, default: Trial) -> dict[str, Any]:
