@@ -171,8 +171,6 @@ def test_key_texts_hold_their_keys(heldout_text):
 
 def test_the_study_writes_its_document(heldout_text, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "TINY_MODELS", TINY_MODELS[:1])
-    monkeypatch.setattr(study, "KEYS_IN_TEXTS", ((1, 1), (1, 3)))
-    monkeypatch.setattr(study, "TOKENS_FOR_PERPLEXITY", 512)
     text = tmp_path / "text.txt"
     text.write_text(heldout_text[:5000])
     study.main(["--text", str(text), "--out", str(tmp_path), "--times", "1", "2"])
@@ -186,10 +184,11 @@ def test_the_study_writes_its_document(heldout_text, tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", TINY_MODELS, ids=lambda path: path.name)
 def test_both_models_reach_eight_times_their_context(heldout_text, tokens, model):
     n_ctx_train = 512 if "512" in model.name else 256
-    row = study.measure(str(model), heldout_text, "selfextend", n_ctx_train, 8, None)
-    window = study.measure(str(model), heldout_text, "window", n_ctx_train, 8, None)
-    assert row.found >= 0.98
-    assert row.perplexity.value < 1.06 * window.perplexity.value
+    ours = study.read(str(model), heldout_text, "selfextend", n_ctx_train, 8)
+    window = study.read(str(model), heldout_text, "window", n_ctx_train, 8)
+    assert sum(ours.found) >= 7  # of 8; `tiny.evaluate` and its test ask for more
+    assert sum(window.found) <= 1
+    assert perplexity_ratio(ours.losses, window.losses).value < 1.06
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------

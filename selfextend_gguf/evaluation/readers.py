@@ -34,7 +34,8 @@ class Reader(Protocol):
         ...
 
     def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
-        """Read the prompt once; for each question go back to its end, read the question, continue it greedily."""
+        """Read the prompt once, unless it was read last; for each question go back to its end, read the question,
+        continue it greedily."""
         ...
 
     def close(self) -> None: ...
@@ -57,6 +58,7 @@ class LlamaReader:
     def __init__(self, llm: llama_cpp.Llama) -> None:
         self._llm = llm
         self._config = getattr(llm, "self_extend", None)
+        self._cached: list[int] = []
 
     def close(self) -> None:
         self._llm.close()
@@ -65,12 +67,14 @@ class LlamaReader:
         """Read tokens[begin:] behind the first `begin`; logits of each decode: (its tokens or 1, n_vocab)."""
         llm = self._llm
         llm._ctx.kv_cache_seq_rm(-1, begin, -1)
+        self._cached = self._cached[:begin]
         while begin < len(tokens):
             step = min(llm.n_batch, len(tokens) - begin)
             if self._config is not None:
                 step = schedule_step(self._config, begin, step)
             llm._batch.set_batch(batch=tokens[begin : begin + step], n_past=begin, logits_all=all_logits)
             llm._ctx.decode(llm._batch)
+            self._cached += tokens[begin : begin + step]
             begin += step
             shape = (step if all_logits else 1, llm.n_vocab())
             yield np.ctypeslib.as_array(llm._ctx.get_logits(), shape=shape)
@@ -84,8 +88,9 @@ class LlamaReader:
         return np.concatenate(parts)
 
     def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
-        for _ in self._read(prompt, 0, all_logits=False):
-            pass
+        if self._cached[: len(prompt)] != list(prompt):
+            for _ in self._read(prompt, 0, all_logits=False):
+                pass
         result = []
         for question in questions:
             tokens, answer, begin = [*prompt, *question], [], len(prompt)
@@ -135,6 +140,7 @@ class LoopReader:
         self._llm = llm
         self._group_size, self._window = group_size, window
         self._n_past = self._grouped = 0
+        self._cached: list[int] = []
 
     def close(self) -> None:
         self._llm.close()
@@ -156,11 +162,13 @@ class LoopReader:
             self._llm._batch.set_batch(batch=batch, n_past=self._n_past, logits_all=True)
             self._llm._ctx.decode(self._llm._batch)
             self._n_past += len(batch)
+            self._cached += batch
             yield np.ctypeslib.as_array(self._llm._ctx.get_logits(), shape=(len(batch), self._llm.n_vocab()))
 
     def _start(self) -> None:
         self._llm._ctx.kv_cache_clear()
         self._n_past = self._grouped = 0
+        self._cached = []
 
     def losses(self, tokens: Sequence[int]) -> Losses:
         self._start()
@@ -169,8 +177,10 @@ class LoopReader:
 
     def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
         """Questions one after the other: the loop cannot go back, divided positions are lost."""
-        self._start()
-        logits = [part[-1].copy() for part in self._read(prompt)]
+        if self._cached != list(prompt):
+            self._start()
+            for _ in self._read(prompt):
+                pass
         result = []
         for question in questions:
             logits = [part[-1].copy() for part in self._read(question)]

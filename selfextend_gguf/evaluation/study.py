@@ -2,15 +2,17 @@
 
     python -m selfextend_gguf.evaluation.study --text tests/data/heldout.txt --out docs
 
-Keys: one in a text up to 16 trained contexts; beyond, where reading takes long, three in one text, one in each third
-of it, asked for one after the other, each time going back to the end of the text.
+Texts hold keys. Each is read once, which gives its perplexity; then its keys are asked for one after the other, each
+time going back to the end of the text.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,19 +20,22 @@ import numpy as np
 
 from selfextend_gguf.config import SCHEDULES
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.evaluation.perplexity import Estimate, perplexity, perplexity_ratio, stretches
+from selfextend_gguf.evaluation.perplexity import Estimate, perplexity_ratio
 from selfextend_gguf.evaluation.plots import plot_curves
 from selfextend_gguf.evaluation.readers import METHODS, Losses, Reader, open_reader
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import TINY_MODELS
 from selfextend_gguf.tiny.data import FACT, KEY_NAMES, QUESTION, random_value
 
+REFERENCE = "window"
 TIMES = (1, 2, 4, 8, 16, 32, 64)  # text lengths in trained contexts
-# Beyond these, reading takes too long for what it tells: of other methods than Self-Extend, which have failed by then,
-# and of other schedules than the default.
-LONGEST_OF_OTHERS, LONGEST_OF_SCHEDULES = 16, 32
-KEYS_IN_TEXTS = ((8, 1), (2, 3))  # (texts, keys in each) a method and length: up to LONGEST_OF_OTHERS, and beyond
-TOKENS_FOR_PERPLEXITY = 8192  # at least, if that many are in two stretches of the length
+LONGEST_OF_OTHERS = 16  # beyond, methods other than Self-Extend are not read: they have failed by then
+
+
+def texts_and_keys(times: int) -> tuple[int, int]:
+    """How many texts of that many trained contexts are read, and keys are hidden in each. Fewer where reading takes
+    long."""
+    return (8, 1) if times <= LONGEST_OF_OTHERS else (max(1, 64 // times), 3)
 
 
 @dataclass(frozen=True)
@@ -43,29 +48,46 @@ class KeyText:
 
 
 def key_text(rng: np.random.Generator, text: str, n_bytes: int, n_keys: int, depth: float) -> KeyText:
-    """A stretch of ASCII `text` with a fact at `depth` (0..1) of each of `n_keys` equal parts; prompt and any question
-    take `n_bytes`."""
+    """The beginning of ASCII `text` with a fact at `depth` (0..1) of each of `n_keys` equal parts; prompt and any
+    question take `n_bytes`."""
     names = rng.choice(KEY_NAMES, n_keys, replace=False)
     facts = [(str(name), random_value(rng)) for name in names]
     lines = [FACT.format(name=name, value=value) + "\n" for name, value in facts]
     questions = ["\n" + QUESTION.format(name=name) for name, _ in facts]
-    room = n_bytes - sum(map(len, lines)) - max(map(len, questions))
-    start = int(rng.integers(0, len(text) - room))
-    parts, part = [], room // n_keys
+    part = (n_bytes - sum(map(len, lines)) - max(map(len, questions))) // n_keys
+    parts = []
     for i, line in enumerate(lines):
-        stretch = text[start + i * part : start + (i + 1) * part]
+        stretch = text[i * part : (i + 1) * part]
         place = stretch.rfind(" ", 0, int(depth * part) + 1) + 1  # at a word boundary
         parts += [stretch[:place], line, stretch[place:]]
     return KeyText("".join(parts).encode(), [q.encode() for q in questions], [v.encode() for _, v in facts])
 
 
-def keys_found(reader: Reader, texts: Sequence[KeyText]) -> float:
-    """Fraction of the keys that greedy decoding answers exactly."""
-    found = []
-    for t in texts:
-        answers = reader.answers(list(t.prompt), [list(q) for q in t.questions], len(t.answers[0]))
-        found += [bytes(got) == wanted for got, wanted in zip(answers, t.answers, strict=True)]
-    return float(np.mean(found))
+def key_texts(text: str, n_tokens: int, n_texts: int, n_keys: int) -> list[KeyText]:
+    """Texts from evenly spread parts of `text`, with keys at depths that differ."""
+    rng = np.random.default_rng(n_texts)
+    starts = np.linspace(0, len(text) - n_tokens, n_texts).astype(int)
+    return [key_text(rng, text[start:], n_tokens, n_keys, i / n_texts) for i, start in enumerate(starts)]
+
+
+def late_losses(reader: Reader, t: KeyText) -> Losses:
+    """Losses of the second half of a text."""
+    losses = reader.losses(list(t.prompt))
+    return losses[len(losses) // 2 :]
+
+
+def keys_found(reader: Reader, t: KeyText) -> list[bool]:
+    """Which of the keys greedy decoding answers exactly."""
+    answers = reader.answers(list(t.prompt), [list(q) for q in t.questions], len(t.answers[0]))
+    return [bytes(got) == wanted for got, wanted in zip(answers, t.answers, strict=True)]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one method made of the texts of a length."""
+
+    losses: Losses  # of the second halves, all texts in a row
+    found: list[bool]  # keys
 
 
 @dataclass(frozen=True)
@@ -74,58 +96,49 @@ class Row:
 
     method: str
     times: int
-    perplexity: Estimate
-    ratio: Estimate  # to the same tokens read in fresh windows
-    found: float
-    losses: Losses
+    ratio: Estimate  # of the perplexity to that of the same tokens read in fresh windows
+    found: float  # fraction of the keys
 
 
-def measure(model: str, text: str, method: str, n_ctx_train: int, times: int, reference: Losses | None) -> Row:
-    """Perplexity of the second halves of held-out texts and keys found, at `times` the trained context. `reference`:
-    the losses of the fresh windows on the same tokens."""
+def read(model: str, text: str, method: str, n_ctx_train: int, times: int) -> Reading | None:
+    """Read the texts of `times` trained contexts by a method, on one thread; None if it does not reach so far."""
     n_tokens = n_ctx_train * times
-    n_texts, n_keys = KEYS_IN_TEXTS[times > LONGEST_OF_OTHERS]
-    rng = np.random.default_rng(times)
-    key_texts = [key_text(rng, text, n_tokens, n_keys, i / n_texts) for i in range(n_texts)]
-    parts = stretches(list(text.encode()), n_tokens, max(1, TOKENS_FOR_PERPLEXITY // n_tokens))
-    reader = open_reader(method, model, n_tokens + 16)
     try:
-        losses = np.stack([reader.losses(part) for part in parts])
-        found = keys_found(reader, key_texts)
+        reader = open_reader(method, model, n_tokens + 16, n_threads=1, n_threads_batch=1)
+    except ConfigError:
+        return None
+    losses, found = [], []
+    try:
+        for t in key_texts(text, n_tokens, *texts_and_keys(times)):
+            losses.append(late_losses(reader, t))
+            found += keys_found(reader, t)
     finally:
         reader.close()
-    late = losses[:, n_tokens // 2 :].ravel()
-    ratio = perplexity_ratio(late, late if reference is None else reference)
-    return Row(method, times, perplexity(late), ratio, found, losses)
+    return Reading(np.concatenate(losses), found)
 
 
 def is_measured(method: str, times: int) -> bool:
     """Whether a method is read at that many trained contexts."""
-    if method in ("window", SCHEDULES[0]):
-        return True
-    return times <= (LONGEST_OF_SCHEDULES if method in SCHEDULES else LONGEST_OF_OTHERS)
+    return method in (REFERENCE, *SCHEDULES) or times <= LONGEST_OF_OTHERS
 
 
-def study(model: str, text: str, methods: Sequence[str], times: Sequence[int]) -> list[Row]:
-    """All rows; methods that do not reach a length have none there. The first method is the reference of the ratios."""
+def study(pool: Executor, model: str, text: str, methods: Sequence[str], times: Sequence[int]) -> list[Row]:
+    """All rows; methods that do not reach a length have none there."""
     with ModelInfo(model) as info:
         n_ctx_train = info.n_ctx_train
-    rows: list[Row] = []
-    for n in times:
-        reference = None
-        for method in methods:
-            if not is_measured(method, n):
-                continue
-            began = time.monotonic()
-            try:
-                row = measure(model, text, method, n_ctx_train, n, reference)
-            except ConfigError:
-                continue
-            if reference is None:
-                reference = row.losses[:, n * n_ctx_train // 2 :].ravel()
-            rows.append(row)
-            seconds = time.monotonic() - began
-            print(f"{n:>3}x {method:<13} {row.ratio!s:>16} {row.found:.2f} {seconds:.1f} s", flush=True)
+    cells = [(n, method) for n in times for method in methods if is_measured(method, n)]
+    readings = {
+        (n, method): pool.submit(read, model, text, method, n_ctx_train, n)
+        for n, method in sorted(cells, key=lambda cell: -cell[0])  # the longest first: no core waits at the end
+    }
+    rows = []
+    for n, method in cells:
+        reading, reference = readings[n, method].result(), readings[n, REFERENCE].result()
+        if reading is None or reference is None:
+            continue
+        row = Row(method, n, perplexity_ratio(reading.losses, reference.losses), float(np.mean(reading.found)))
+        rows.append(row)
+        print(f"{n:>3}x {method:<13} {row.ratio!s:>16} {row.found:.2f}", flush=True)
     return rows
 
 
@@ -147,14 +160,13 @@ HEAD = """# Results
 
 Written by `python -m selfextend_gguf.evaluation.study --text tests/data/heldout.txt --out docs`{machine}.
 
-The bundled models (Q8_0, bytes as tokens) on held-out text, at 1 to 64 trained contexts. Each cell is
-*perplexity ratio / keys found*:
+The bundled models (Q8_0, bytes as tokens) on held-out text, at 1 to 64 trained contexts. Keys are hidden in the texts:
+up to {others} trained contexts one in each of 8 texts, at depths from 0 % to 88 %; beyond, where reading takes long,
+three in each of two texts (32x) or in one (64x). Each cell is *perplexity ratio / keys found*:
 
-- the perplexity of the second halves of texts of the length (several, 8192 tokens in all, or one longer text), in
-  relation to the same tokens read in fresh windows of half to one trained context (`window`): the text's own
-  difficulty;
-- the fraction of keys that greedy decoding answers exactly: up to {others} trained contexts {short[0]} texts with
-  one key each, at depths from 0 % to 88 %; beyond, {long[0]} texts with {long[1]} keys each.
+- the perplexity of the second halves of the texts, in relation to the same tokens read in fresh windows of half to
+  one trained context (`window`): the text's own difficulty;
+- the fraction of keys that greedy decoding answers exactly, asked for at the end of the text.
 
 Self-Extend's schedules take their automatic parameters. `linear`, `ntk` and `yarn` are llama.cpp's RoPE scaling,
 each stretched to the length of the text; `loop` is llama.cpp's own Self-Extend (`--grp-attn-n`); `plain` is llama.cpp
@@ -163,7 +175,7 @@ as it is. An empty cell: not measured, or the method does not reach that far.
 
 
 def document(results: dict[str, list[Row]], methods: Sequence[str], times: Sequence[int], machine: str) -> str:
-    parts = [HEAD.format(machine=machine, others=LONGEST_OF_OTHERS, short=KEYS_IN_TEXTS[0], long=KEYS_IN_TEXTS[1])]
+    parts = [HEAD.format(machine=machine, others=LONGEST_OF_OTHERS)]
     for name, rows in results.items():
         parts += [f"## {name}", "", table(rows, methods, times), ""]
         parts += [f"![perplexity]({name}-perplexity.png)", "", f"![keys found]({name}-keys.png)", ""]
@@ -172,7 +184,7 @@ def document(results: dict[str, list[Row]], methods: Sequence[str], times: Seque
 
 def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
     """Two pictures of a model's rows; the first leaves out what is far off."""
-    methods = list(dict.fromkeys(r.method for r in rows if r.method != "window"))
+    methods = list(dict.fromkeys(r.method for r in rows if r.method != REFERENCE))
 
     def curve(method: str, value: Callable[[Row], float], limit: float) -> tuple[list[float], list[float]]:
         chosen = [r for r in rows if r.method == method and value(r) <= limit]
@@ -203,13 +215,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--machine", default="", help="what it was measured on, for the document")
     args = parser.parse_args(argv)
     text = args.text.read_text(encoding="ascii")
-    methods = ("window", *(m for m in METHODS if m != "window"))
+    methods = (REFERENCE, *(m for m in METHODS if m != REFERENCE))
     results = {}
-    for model in TINY_MODELS:
-        name = model.name.split(".")[0]
-        print(name, flush=True)
-        results[name] = study(str(model), text, methods, args.times)
-        draw(name, results[name], args.out)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for model in TINY_MODELS:
+            name = model.name.split(".")[0]
+            print(name, flush=True)
+            results[name] = study(pool, str(model), text, methods, args.times)
+            draw(name, results[name], args.out)
     machine = f", on {args.machine}" if args.machine else ""
     (args.out / "results.md").write_text(document(results, methods, args.times, machine), encoding="utf-8")
 
