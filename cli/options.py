@@ -90,6 +90,15 @@ device_options = _combine(
     ),
 )
 
+prompt_cache_options = _combine(
+    click.option(
+        "--prompt-cache",
+        type=click.Path(path_type=Path),
+        help="File that keeps what was read: a later prompt that begins alike is not read again.",
+    ),
+    click.option("--prompt-cache-ro", type=click.Path(path_type=Path), help="The same, but the file is not written."),
+)
+
 sampling_options = _combine(
     click.option("--temp", type=click.FloatRange(0), default=0.8, show_default=True, help="Temperature; 0 = greedy."),
     click.option(

@@ -18,10 +18,12 @@ from selfextend_gguf.cli.options import (
     device_options,
     llama_arguments,
     model_argument,
+    prompt_cache_options,
     sampling_options,
     self_extend_options,
     verbose_option,
 )
+from selfextend_gguf.cli.prompt_cache import PromptCacheFile
 
 from selfextend_gguf._native import watch_interrupts
 from selfextend_gguf.errors import ContextFullError
@@ -50,6 +52,7 @@ from selfextend_gguf.prompt import Prompt, chat_prompt, raw_prompt
 @self_extend_options
 @sampling_options
 @device_options
+@prompt_cache_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record instead of streaming the text.")
 @click.option("--timings", is_flag=True, help="Print speeds on standard error.")
 @verbose_option
@@ -69,6 +72,8 @@ def run(
     min_p: float,
     repeat_penalty: float,
     seed: int | None,
+    prompt_cache: Path | None,
+    prompt_cache_ro: Path | None,
     as_json: bool,
     timings: bool,
     **options: Any,
@@ -82,13 +87,17 @@ def run(
         sx-gguf run model.gguf "Once upon a time"
         sx-gguf run model.gguf -f book.txt -p "Who is the narrator?"
         sx-gguf run model.gguf --ctx 16384 < book.txt
+        sx-gguf run model.gguf -f book.txt -p "Who is the narrator?" --prompt-cache book.kv
     """
+    if prompt_cache and prompt_cache_ro:
+        raise click.UsageError("give --prompt-cache or --prompt-cache-ro, not both")
+    cache = PromptCacheFile(prompt_cache or prompt_cache_ro, read_only=prompt_cache_ro is not None)
     text = read_prompt(prompt, prompt_option, file)
     with ModelInfo(model, verbose=options["verbose"]) as info:
         tokens = chat_prompt(info, text, system) if info.chat_template and not raw else raw_prompt(info, text)
     if not tokens.tokens:
         raise click.UsageError("the prompt is empty")
-    n_ctx = ctx or len(tokens.tokens) + predict + 1
+    n_ctx = ctx or cache.context_for(len(tokens.tokens) + predict + 1, tokens.tokens)
     if len(tokens.tokens) >= -(-n_ctx // 256) * 256:
         raise ContextFullError(f"Requested tokens ({len(tokens.tokens)}) exceed context window of {n_ctx}")
 
@@ -96,7 +105,7 @@ def run(
     llm = Llama(
         str(model), n_ctx=n_ctx, n_batch=batch_size, seed=-1 if seed is None else seed, **llama_arguments(**options)
     )
-    load_seconds = time.perf_counter() - began
+    opening = {"load_seconds": time.perf_counter() - began}
     watch_interrupts(llm.ctx)
     sampling = {
         "temperature": temp,
@@ -107,11 +116,14 @@ def run(
         "seed": seed,
     }
     try:
-        answer, last = print_answer(llm, tokens, predict, sampling, echo=not as_json)
+        began = time.perf_counter()
+        cache.load(llm)
+        opening["restore_seconds"] = time.perf_counter() - began
+        answer, last = print_answer(llm, tokens, predict, sampling, cache, echo=not as_json)
         if as_json:
-            click.echo(json.dumps(record(model, llm, answer, last, load_seconds)))
+            click.echo(json.dumps(record(model, llm, answer, last, opening)))
         if timings and last:
-            print_timings(last.timings, load_seconds)
+            print_timings(last.timings, opening)
     finally:
         llm.close()
 
@@ -136,18 +148,20 @@ def read_prompt(argument: str | None, option: str | None, file: Path | None) -> 
 
 
 def print_answer(
-    llm: Llama, prompt: Prompt, max_tokens: int, sampling: dict[str, Any], *, echo: bool
+    llm: Llama, prompt: Prompt, max_tokens: int, sampling: dict[str, Any], cache: PromptCacheFile, *, echo: bool
 ) -> tuple[str, Piece | None]:
     """Generate, streaming to standard output if `echo`; the whole answer and its last piece."""
     answer, last = [], None
-    n_read = 0
+    is_read = False
     try:
         with reading_bar(len(prompt.tokens)) as show:
 
             def on_read(done: int, total: int) -> None:
-                nonlocal n_read
-                n_read = done
-                show(done)
+                nonlocal is_read
+                show(llm.n_tokens, done)
+                is_read = done == total
+                if is_read:
+                    cache.save(llm)
 
             pieces = stream_completion(llm, prompt, max_tokens=max_tokens, on_read=on_read, **sampling)
             first = next(pieces, None)
@@ -157,10 +171,11 @@ def print_answer(
             if echo:
                 click.echo(piece.text, nl=False)
     except KeyboardInterrupt:
-        if n_read < len(prompt.tokens):
-            click.echo(f"Interrupted after reading {n_read} of {len(prompt.tokens)} tokens.", err=True)
-        else:
+        if is_read:
             click.echo("\nInterrupted while generating.", err=True)
+        else:
+            click.echo(f"Interrupted after reading {llm.n_tokens} of {len(prompt.tokens)} tokens.", err=True)
+            cache.save(llm)
         sys.exit(EXIT_INTERRUPTED)
     if echo:
         click.echo()
@@ -168,21 +183,24 @@ def print_answer(
 
 
 @contextmanager
-def reading_bar(n_tokens: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error while the prompt is read, if that is a terminal."""
+def reading_bar(n_tokens: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error while the prompt is read, if that is a terminal.
+
+    To be called with the tokens that are cached, and those of them that were read since.
+    """
     if not sys.stderr.isatty():
-        yield lambda done: None
+        yield lambda cached, read: None
         return
     began = time.perf_counter()
 
-    def speed(done: int | None) -> str | None:
-        return None if not done else f"{done} of {n_tokens} tokens, {done / (time.perf_counter() - began):.0f} tokens/s"
+    def describe(read: int | None) -> str | None:
+        return read and f"{bar.pos} of {n_tokens} tokens, {read / (time.perf_counter() - began):.0f} tokens/s"
 
-    with click.progressbar(length=n_tokens, label="Reading", file=sys.stderr, item_show_func=speed) as bar:
-        yield lambda done: bar.update(done - bar.pos, current_item=done)
+    with click.progressbar(length=n_tokens, label="Reading", file=sys.stderr, item_show_func=describe) as bar:
+        yield lambda cached, read: bar.update(cached - bar.pos, current_item=read)
 
 
-def record(model: Path, llm: Llama, answer: str, last: Piece | None, load_seconds: float) -> dict[str, Any]:
+def record(model: Path, llm: Llama, answer: str, last: Piece | None, opening: dict[str, float]) -> dict[str, Any]:
     """Everything about a completion, for --json."""
     timings = last.timings.as_dict() if last else {}
     return {
@@ -190,18 +208,20 @@ def record(model: Path, llm: Llama, answer: str, last: Piece | None, load_second
         "text": answer,
         "finish_reason": last.finish_reason if last else None,
         "prompt_tokens": timings.pop("prompt_tokens", 0),
+        "cached_tokens": timings.pop("cached_tokens", 0),
         "generated_tokens": timings.pop("generated_tokens", 0),
         "n_ctx": llm.n_ctx(),
         "self_extend": asdict(llm.self_extend) if llm.self_extend else None,
-        "timings": {"load_seconds": load_seconds, **timings},
+        "timings": {**opening, **timings},
     }
 
 
-def print_timings(timings: Timings, load_seconds: float) -> None:
+def print_timings(timings: Timings, opening: dict[str, float]) -> None:
     """Speeds on standard error."""
     numbers = timings.as_dict()
     click.echo(
-        f"load {load_seconds:.2f} s | prompt {timings.prompt_tokens} tokens, {timings.prompt_seconds:.2f} s, "
+        f"load {sum(opening.values()):.2f} s | prompt {timings.prompt_tokens} tokens, "
+        f"{timings.cached_tokens} of them cached, {timings.prompt_seconds:.2f} s, "
         f"{numbers['prompt_tokens_per_second']:.1f} tokens/s | generated {timings.generated_tokens} tokens, "
         f"{timings.generate_seconds:.2f} s, {numbers['generated_tokens_per_second']:.1f} tokens/s | "
         f"rewriting keys {timings.rewrite_seconds:.3f} s",

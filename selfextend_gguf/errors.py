@@ -35,6 +35,14 @@ class StateError(SelfExtendError, ValueError):
     """A saved state that is damaged or was made by another configuration."""
 
 
+class PromptCacheError(StateError):
+    """A prompt cache file that is damaged, does not fit the context, or cannot be written."""
+
+
+class ForeignPromptCacheError(PromptCacheError):
+    """A file that is no prompt cache, or a good one of another model, version or kind of cache: worth keeping."""
+
+
 class EngineError(SelfExtendError, RuntimeError):
     """The native library or llama.cpp failed while running; the message says what happened."""
 

@@ -16,6 +16,7 @@ class Timings:
     """Tokens and seconds of a completion so far."""
 
     prompt_tokens: int
+    cached_tokens: int = 0  # of them not read, because the cache had them
     prompt_seconds: float = 0.0
     generated_tokens: int = 0  # with the token that ended the answer, if one did
     generate_seconds: float = 0.0
@@ -24,7 +25,7 @@ class Timings:
     def as_dict(self) -> dict[str, float]:
         """All numbers, and the two speeds in tokens per second."""
         return asdict(self) | {
-            "prompt_tokens_per_second": _rate(self.prompt_tokens, self.prompt_seconds),
+            "prompt_tokens_per_second": _rate(self.prompt_tokens - self.cached_tokens, self.prompt_seconds),
             "generated_tokens_per_second": _rate(self.generated_tokens - 1, self.generate_seconds),
         }
 
@@ -59,10 +60,14 @@ def stream_completion(
     began = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
+        nonlocal began
         now = time.perf_counter()
         if timings.generated_tokens == 0:
-            on_read(done, total)
             timings.prompt_seconds = now - began
+            timings.cached_tokens = timings.prompt_tokens - total
+            on_read(done, total)
+            began += time.perf_counter() - now  # what the caller does meanwhile is neither reading nor generating
+            now = began + timings.prompt_seconds
         timings.generate_seconds = now - began - timings.prompt_seconds
         timings.generated_tokens += done == total  # each completed evaluation is followed by sampling one token
         timings.rewrite_seconds = llm.rewrite_stats.seconds - rewritten_before

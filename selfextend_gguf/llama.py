@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -24,6 +26,7 @@ from selfextend_gguf.errors import (
     EngineError,
     KeyPrecisionWarning,
     NotEnoughMemoryError,
+    PromptCacheError,
     SelfExtendError,
     StateError,
     UnknownArgumentError,
@@ -31,6 +34,7 @@ from selfextend_gguf.errors import (
 )
 from selfextend_gguf.kv_cache import KV_TYPES, SAFE_REWRITES, is_quantised, kv_cache_bytes, type_name
 from selfextend_gguf.model_info import model_file_error, set_log_level
+from selfextend_gguf.prompt_cache import SavedPrompt, cache_settings, load_prompt_into, write_prompt
 
 # llama.cpp rounds a context up to a multiple of this; llama_cpp.Llama sizes its token array without rounding.
 _CELL_MULTIPLE = 256
@@ -293,9 +297,7 @@ class Llama(llama_cpp.Llama):
             if self._engine is not None:
                 self._engine.adopt_key_positions(positions)
         except (StateError, RuntimeError, ValueError) as error:
-            self._ctx.kv_cache_clear()
-            self.n_tokens = 0
-            self._requires_eval = True
+            self._clear()
             raise StateError(f"the saved state cannot be restored: {error}") from error
 
     def _check_state(self, state: LlamaState, positions: npt.NDArray[np.int32]) -> None:
@@ -307,6 +309,60 @@ class Llama(llama_cpp.Llama):
             raise StateError(f"{len(positions)} key positions for {state.n_tokens} tokens")
         if self._engine is None and not np.array_equal(positions, np.arange(state.n_tokens)):
             raise StateError("it holds grouped keys, and this context is within the trained one")
+
+    # ---- prompt cache ----------------------------------------------------------------------------------------
+
+    def save_prompt(self, path: str | os.PathLike[str]) -> None:
+        """Write the evaluated text to a file: its tokens, key positions and the used part of the KV cache.
+
+        The file appears whole or not at all; an older one at `path` stays if anything goes wrong. Raises OSError and
+        PromptCacheError.
+        """
+        tokens = np.array(self.input_ids[: self.n_tokens], np.int32)
+        saved = SavedPrompt(tokens, self.key_positions, self._wanted_n_ctx or self._n_ctx, self._cache_settings())
+        write_prompt(Path(path), self.ctx, saved)
+
+    def load_prompt(self, path: str | os.PathLike[str]) -> int:
+        """Restore a text that `save_prompt` wrote, in place of what is cached; returns its number of tokens.
+
+        The schedule may be another than when it was saved: keys are rewritten to the new one before the next decode.
+        Then a prompt is read from the first token on that differs from the restored ones.
+
+        Raises OSError (a missing file, ...), PromptCacheError if the file is damaged or does not fit the context, and
+        its subclass ForeignPromptCacheError if another model, version or kind of cache made it. The cache is empty
+        then.
+        """
+        self._clear()
+        try:
+            saved = load_prompt_into(Path(path), self.ctx, self._n_ctx, self._cache_settings())
+            if self._engine is not None:
+                self._engine.adopt_key_positions(saved.key_positions)
+            elif saved.is_grouped:
+                raise PromptCacheError(
+                    f"the prompt cache {path} holds grouped keys, which need a context beyond the trained one"
+                )
+        except BaseException:
+            self._clear()
+            raise
+        self.n_tokens = len(saved.tokens)
+        self.input_ids[: self.n_tokens] = saved.tokens
+        return self.n_tokens
+
+    def _clear(self) -> None:
+        self._ctx.kv_cache_clear()
+        self.n_tokens = 0
+        self._requires_eval = True
+
+    def _cache_settings(self) -> dict[str, Any]:
+        metadata = self.metadata
+        original = metadata.get(f"{metadata.get('general.architecture')}.rope.scaling.original_context_length")
+        others = {
+            "lora": [str(self.lora_path), self.lora_scale] if self.lora_path else None,
+            "kv_overrides": repr(self.kv_overrides) if self.kv_overrides else None,
+            # LongRoPE has two sets of factors; llama.cpp chooses by the size of the context.
+            "long_factors": original is not None and self._n_ctx > int(original),
+        }
+        return cache_settings(self.model_path, self.context_params, others)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import llama_cpp
 import numpy as np
 
+from selfextend_gguf import SelfExtendConfig, schedule_positions
+from selfextend_gguf._native import schedule_step
+from selfextend_gguf.reference import Reference
 from selfextend_gguf.tiny.model_file import LlamaShape
 
 F32 = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
@@ -29,3 +34,18 @@ def random_tokens(n: int, seed: int = 0) -> list[int]:
 def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
     """Largest difference in relation to the largest value."""
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+def logits_of_parts(
+    reference: Reference, tokens: Sequence[int], parts: Sequence[tuple[int, SelfExtendConfig]]
+) -> np.ndarray:
+    """Logits (n_tokens, n_vocab) of a text whose parts, given by their ends, were read under different parameters."""
+    steps: list[int] = []
+    configs: dict[int, SelfExtendConfig] = {}
+    n0 = 0
+    for end, config in parts:
+        while n0 < end:
+            configs[n0] = config
+            steps.append(schedule_step(config, n0, end - n0))
+            n0 += steps[-1]
+    return reference.logits(tokens, steps, lambda n0, n1: schedule_positions(configs[n0], n0, n1))
