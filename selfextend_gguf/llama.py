@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,18 @@ from selfextend_gguf.errors import (
     UnknownArgumentError,
     UnsupportedModelError,
 )
+from selfextend_gguf.kept_states import KeptStates
 from selfextend_gguf.kv_cache import KV_TYPES, SAFE_REWRITES, is_quantised, kv_cache_bytes, type_name
 from selfextend_gguf.model_info import model_file_error, set_log_level
-from selfextend_gguf.prompt_cache import SavedPrompt, cache_settings, load_prompt_into, write_prompt
+from selfextend_gguf.prompt_cache import (
+    CopiedPrompt,
+    SavedPrompt,
+    cache_settings,
+    copy_sequence,
+    load_prompt_into,
+    restore_sequence,
+    write_prompt,
+)
 
 # llama.cpp rounds a context up to a multiple of this; llama_cpp.Llama sizes its token array without rounding.
 _CELL_MULTIPLE = 256
@@ -109,6 +118,8 @@ class Llama(llama_cpp.Llama):
         self.self_extend: SelfExtendConfig | None = None
         #: Called after every decode with (tokens done, tokens asked for) of the running `eval`.
         self.progress: Callable[[int, int], None] | None = None
+        #: Copies of what was read, for prompts that come again; None = the running text alone is reused.
+        self.kept_states: KeptStates | None = None
         try:
             super().__init__(
                 model_path,
@@ -249,6 +260,12 @@ class Llama(llama_cpp.Llama):
             if self.progress is not None:
                 self.progress(done, n_new)
 
+    def generate(self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any) -> Iterator[int]:
+        """Generate tokens after a prompt, as `llama_cpp.Llama.generate` does, with the help of `kept_states`."""
+        if reset and self.kept_states is not None:
+            self.kept_states.prepare(self, tokens)
+        return (yield from super().generate(tokens, *args, reset=reset, **kwargs))
+
     def _eval_step(self, tokens: Sequence[int]) -> None:
         begin, end = self.n_tokens, self.n_tokens + len(tokens)
         self._batch.set_batch(batch=tokens, n_past=begin, logits_all=self._logits_all)
@@ -318,9 +335,12 @@ class Llama(llama_cpp.Llama):
         The file appears whole or not at all; an older one at `path` stays if anything goes wrong. Raises OSError and
         PromptCacheError.
         """
+        write_prompt(Path(path), self.ctx, self.saved_prompt())
+
+    def saved_prompt(self) -> SavedPrompt:
+        """What `save_prompt` would write, without the cache contents."""
         tokens = np.array(self.input_ids[: self.n_tokens], np.int32)
-        saved = SavedPrompt(tokens, self.key_positions, self._wanted_n_ctx or self._n_ctx, self._cache_settings())
-        write_prompt(Path(path), self.ctx, saved)
+        return SavedPrompt(tokens, self.key_positions, self._wanted_n_ctx or self._n_ctx, self._cache_settings())
 
     def load_prompt(self, path: str | os.PathLike[str]) -> int:
         """Restore a text that `save_prompt` wrote, in place of what is cached; returns its number of tokens.
@@ -332,15 +352,33 @@ class Llama(llama_cpp.Llama):
         its subclass ForeignPromptCacheError if another model, version or kind of cache made it. The cache is empty
         then.
         """
+        return self._restore(
+            f"the prompt cache {path}",
+            lambda: load_prompt_into(Path(path), self.ctx, self._n_ctx, self._cache_settings()),
+        )
+
+    def copy_prompt(self) -> CopiedPrompt:
+        """The evaluated text with its cache contents, for `restore_prompt` of this object. Raises PromptCacheError."""
+        return CopiedPrompt(self.saved_prompt(), copy_sequence(self.ctx))
+
+    def restore_prompt(self, copy: CopiedPrompt) -> int:
+        """Restore a text that `copy_prompt` copied; returns its number of tokens. Raises PromptCacheError."""
+
+        def restore() -> SavedPrompt:
+            restore_sequence(self.ctx, copy.content)
+            return copy.saved
+
+        return self._restore("the copy", restore)
+
+    def _restore(self, name: str, restore: Callable[[], SavedPrompt]) -> int:
+        """Empty the cache and let `restore` fill it; empty it again if that fails."""
         self._clear()
         try:
-            saved = load_prompt_into(Path(path), self.ctx, self._n_ctx, self._cache_settings())
+            saved = restore()
             if self._engine is not None:
                 self._engine.adopt_key_positions(saved.key_positions)
             elif saved.is_grouped:
-                raise PromptCacheError(
-                    f"the prompt cache {path} holds grouped keys, which need a context beyond the trained one"
-                )
+                raise PromptCacheError(f"{name} holds grouped keys, which need a context beyond the trained one")
         except BaseException:
             self._clear()
             raise

@@ -39,7 +39,7 @@ _CHUNK = 1 << 20  # bytes
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of a model file: blocks, bytes in each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SavedPrompt:
     """What a file says of itself; the cache contents stay in it."""
 
@@ -58,6 +58,35 @@ class SavedPrompt:
         n = min(len(tokens), len(self.tokens))
         differs = np.flatnonzero(self.tokens[:n] != np.asarray(tokens[:n], np.int32))
         return int(differs[0]) if len(differs) else n
+
+
+@dataclass(frozen=True, eq=False)
+class CopiedPrompt:
+    """The same with the cache contents, in memory."""
+
+    saved: SavedPrompt
+    content: npt.NDArray[np.uint8]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the cache contents."""
+        return self.content.nbytes
+
+
+def copy_sequence(context: ctypes.c_void_p) -> npt.NDArray[np.uint8]:
+    """Cache contents of sequence 0 of a llama_context. Raises PromptCacheError."""
+    content = np.empty(llama_cpp.llama_state_seq_get_size(context, 0), np.uint8)
+    pointer = content.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    if llama_cpp.llama_state_seq_get_data(context, pointer, content.nbytes, 0) != content.nbytes:
+        raise PromptCacheError("llama.cpp cannot copy the KV cache")
+    return content
+
+
+def restore_sequence(context: ctypes.c_void_p, content: npt.NDArray[np.uint8]) -> None:
+    """Restore a copy into the empty sequence 0 of the same llama_context. Raises PromptCacheError."""
+    pointer = content.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    if llama_cpp.llama_state_seq_set_data(context, pointer, content.nbytes, 0) != content.nbytes:
+        raise PromptCacheError("llama.cpp cannot restore a copy of the KV cache")
 
 
 def cache_settings(model_path: str, params: llama_cpp.llama_context_params, others: Any) -> dict[str, Any]:

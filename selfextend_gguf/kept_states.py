@@ -1,0 +1,166 @@
+"""Copies of what was read, for programs that ask about the same texts again and again.
+
+Rolling back from a long text rotates cached keys back, and rounds them once more. One reader does not notice; a server
+that rolls back a thousand times would. So here keys only ever move forward: a prompt goes on from the running text, or
+from a copy, whose keys stand where a fresh reading would have them, and its logits are those of a fresh reading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from selfextend_gguf._native import schedule_positions, schedule_step
+from selfextend_gguf.config import SelfExtendConfig
+from selfextend_gguf.errors import PromptCacheError
+from selfextend_gguf.prompt_cache import CopiedPrompt, SavedPrompt, read_prompt_header
+
+if TYPE_CHECKING:
+    from selfextend_gguf.llama import Llama
+
+_LEAST = 64  # tokens that are worth a copy
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A text that was read, and where its cache contents are: in memory or in a file."""
+
+    saved: SavedPrompt
+    content: CopiedPrompt | Path
+
+
+class KeptStates:
+    """Copies of states of one `Llama`, the least recently used ones dropped."""
+
+    def __init__(self, capacity_bytes: int, folder: Path | None = None, *, read_only: bool = False) -> None:
+        """`capacity_bytes`: of all copies in memory, and once more of the files in `folder`, which outlive the program.
+        `read_only`: files in the folder are used, none is written or removed."""
+        self._capacity = capacity_bytes
+        self._folder = folder
+        self._read_only = read_only
+        self._kept: list[_Kept] = []  # the least recently used first
+        if folder is not None:
+            for path in sorted(folder.glob("*.kv"), key=_last_use):
+                with contextlib.suppress(PromptCacheError, OSError):
+                    self._kept.append(_Kept(read_prompt_header(path), path))
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the copies in memory."""
+        return sum(kept.content.n_bytes for kept in self._kept if isinstance(kept.content, CopiedPrompt))
+
+    def prepare(self, llm: Llama, prompt: Sequence[int]) -> None:
+        """Let `llm` hold what is known of `prompt`, and keep copies of it where later prompts may branch off."""
+        tokens = np.asarray(prompt, np.int32)
+        known = self._recall(llm, tokens)
+        points = set()
+        if known > llm.n_tokens:
+            points.add(known)  # two prompts parted here: there may be more
+        if llm.n_tokens < len(tokens) // 2:
+            points.add(_before_the_end(llm, len(tokens)))  # of a new text, whose last lines may be a question
+        for point in sorted(points):
+            if llm.n_tokens < point < len(tokens):
+                llm.eval(prompt[llm.n_tokens : point])
+                self._keep(llm)
+
+    def _recall(self, llm: Llama, tokens: npt.NDArray[np.int32]) -> int:
+        """Go back to, or restore, the longest usable beginning of `tokens`; the longest that was ever read."""
+        config = llm.self_extend
+        live = llm.saved_prompt()
+        usable = _usable(config, live, tokens)
+        best = max(self._kept, key=lambda kept: _usable(config, kept.saved, tokens), default=None)
+        known = max(kept.common_prefix(tokens) for kept in (live, *(kept.saved for kept in self._kept)))
+        if best is not None and _usable(config, best.saved, tokens) <= usable:
+            best = None
+        if live.common_prefix(tokens) < len(live.tokens) // 2:
+            self._keep(llm)  # another text comes; this one may come back
+        if best is not None:
+            usable = _usable(config, best.saved, tokens) if self._restore(llm, best) else 0
+        llm.n_tokens = usable  # whatever reads next goes on from there
+        return known
+
+    def _restore(self, llm: Llama, kept: _Kept) -> bool:
+        try:
+            if isinstance(kept.content, Path):
+                llm.load_prompt(kept.content)
+                if not self._read_only:
+                    os.utime(kept.content)
+            else:
+                llm.restore_prompt(kept.content)
+        except (PromptCacheError, OSError) as error:
+            warnings.warn(f"{error}; the prompt is read", stacklevel=2)
+            self._kept.remove(kept)
+            return False
+        self._kept.append(self._kept.pop(self._kept.index(kept)))
+        return True
+
+    def _keep(self, llm: Llama) -> None:
+        """Copy the running text, to memory and to the folder."""
+        saved = llm.saved_prompt()
+        if len(saved.tokens) < _LEAST or any(np.array_equal(kept.saved.tokens, saved.tokens) for kept in self._kept):
+            return
+        n_bytes = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
+        if n_bytes > self._capacity:
+            return
+        in_memory = [kept for kept in self._kept if isinstance(kept.content, CopiedPrompt)]
+        while self.n_bytes + n_bytes > self._capacity:
+            self._kept.remove(in_memory.pop(0))
+        self._kept.append(_Kept(saved, llm.copy_prompt()))
+        if self._folder is not None and not self._read_only:
+            name = hashlib.blake2b(saved.tokens.tobytes(), digest_size=16).hexdigest()
+            self._write(llm, self._folder / f"{name}.kv")
+
+    def _write(self, llm: Llama, path: Path) -> None:
+        try:
+            llm.save_prompt(path)
+            files = sorted(path.parent.glob("*.kv"), key=_last_use)
+            while sum(file.stat().st_size for file in files) > self._capacity and len(files) > 1:
+                oldest = files.pop(0)
+                oldest.unlink()
+                self._kept = [kept for kept in self._kept if kept.content != oldest]
+        except (PromptCacheError, OSError) as error:
+            warnings.warn(f"a prompt was not saved: {error}", stacklevel=2)
+
+
+def _usable(config: SelfExtendConfig | None, saved: SavedPrompt, tokens: npt.NDArray[np.int32]) -> int:
+    """How many of `tokens` a text can give without moving keys back; at most all but the last, whose logits are wanted.
+
+    All that are common, or none: the keys of a text that has moved on are in another frame.
+    """
+    n = min(saved.common_prefix(tokens), len(tokens) - 1)
+    if n == 0:
+        return 0
+    held = saved.key_positions[:n]
+    if config is None:
+        return n if np.array_equal(held, np.arange(n)) else 0
+    as_last_read = np.append(schedule_positions(config, n - 1, n), n - 1)
+    to_go_on = schedule_positions(config, n, n + 1)
+    return n if np.array_equal(held, as_last_read) or np.array_equal(held, to_go_on) else 0
+
+
+def _before_the_end(llm: Llama, n_tokens: int) -> int:
+    """Where keys move for the last time but one in a text, so that what follows is more than a few lines."""
+    if llm.self_extend is None:
+        return 0
+    begins = [0, 0]
+    while begins[-1] < n_tokens:
+        begins.append(begins[-1] + schedule_step(llm.self_extend, begins[-1], n_tokens - begins[-1]))
+    return begins[-3]
+
+
+def _last_use(path: Path) -> float:
+    """Time of the last use of a file; 0 if another program has removed it."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,171 @@
+"""Copies of what was read: prompts that share a beginning read it once, and answers are those of a fresh reading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import random_tokens
+
+from selfextend_gguf import Llama
+from selfextend_gguf.kept_states import KeptStates
+from selfextend_gguf.models import TINY_MODEL
+
+MODEL = str(TINY_MODEL)
+N_CTX = 4096
+ROOM = 1 << 30  # bytes
+
+
+class Asker:
+    """A `Llama` that counts the tokens it reads."""
+
+    def __init__(self, states: KeptStates | None) -> None:
+        self.llm = Llama(MODEL, n_ctx=N_CTX, verbose=False)
+        self.llm.kept_states = states
+        self.n_read = 0
+        decode = self.llm._ctx.decode
+
+        def counted(batch) -> None:
+            self.n_read += batch.n_tokens()
+            decode(batch)
+
+        self.llm._ctx.decode = counted
+
+    def ask(self, prompt: str, n: int = 12) -> str:
+        self.n_read = -(n - 1)  # generated tokens that are decoded
+        return self.llm.create_completion(prompt, max_tokens=n, temperature=0)["choices"][0]["text"]
+
+
+@pytest.fixture(scope="module")
+def documents(heldout_text) -> list[str]:
+    return [heldout_text[n * 20000 : n * 20000 + 3000] for n in range(3)]
+
+
+def questions(n: int) -> list[str]:
+    words = ["Paul", "Peter", "the chief captain", "all the people of the city", "Felix", "a certain man"]
+    return [f" And {words[i % len(words)]} said unto them {'again ' * (i % 9)}" for i in range(n)]
+
+
+def test_answers_are_those_of_a_fresh_reading(documents):
+    """f16 keys: a single one rotated back would show in some answer sooner or later."""
+    asker, fresh = Asker(KeptStates(ROOM)), Asker(None)
+    rng = np.random.default_rng(0)
+    for question in questions(20):
+        text = documents[int(rng.integers(3))]
+        prompt = text[: int(rng.choice([3000, 3000, 2990, 1200]))] + question
+        got = asker.ask(prompt)
+        logits = asker.llm._ctx.get_logits()[0:256]
+        fresh.llm.reset()
+        assert got == fresh.ask(prompt)
+        assert logits == fresh.llm._ctx.get_logits()[0:256]
+
+
+def test_a_shared_document_is_read_once(documents):
+    asker = Asker(KeptStates(ROOM))
+    read = []
+    for question in questions(6):
+        asker.ask(documents[0] + question, n=200)  # the answers are longer than a stage
+        read.append(asker.n_read)
+    assert read[0] >= 3000
+    # The second goes on from the copy before the end of the first; from then on there is one where they part.
+    assert read[1] <= 3 * 80
+    assert max(read[2:]) <= 110  # the questions themselves
+
+
+def test_documents_take_turns(documents):
+    asker = Asker(KeptStates(ROOM))
+    for text in documents:
+        asker.ask(text)
+    for text in documents[:2]:
+        asker.ask(text + " And")
+        assert asker.n_read < 300
+
+
+def test_the_least_recently_used_is_dropped(documents):
+    asker = Asker(None)
+    asker.ask(documents[0])
+    size = asker.llm.copy_prompt().n_bytes
+    states = KeptStates(int(2.5 * size))
+    asker.llm.kept_states = states
+    for text in [*documents, *documents]:
+        asker.ask(text + " And")
+        assert states.n_bytes <= 2.5 * size
+    assert states.n_bytes > 0
+    nothing = Asker(KeptStates(1000))
+    assert nothing.ask(documents[0]) == nothing.ask(documents[0])
+    assert nothing.llm.kept_states.n_bytes == 0
+
+
+def test_a_folder_outlives_the_program(documents, tmp_path):
+    first = Asker(KeptStates(ROOM, tmp_path))
+    wanted = [first.ask(text + " And") for text in documents]
+    assert len(list(tmp_path.glob("*.kv"))) >= 3
+    second = Asker(KeptStates(ROOM, tmp_path))
+    for text, answer in zip(documents, wanted, strict=True):
+        assert second.ask(text + " And") == answer
+        assert second.n_read < 300
+
+
+def test_a_folder_keeps_to_its_size(documents, tmp_path):
+    asker = Asker(None)
+    asker.ask(documents[0])
+    size = asker.llm.copy_prompt().n_bytes
+    asker.llm.kept_states = KeptStates(int(2.5 * size), tmp_path)
+    for text in [*documents, *documents]:
+        asker.ask(text + " And")
+        assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 2.5 * size
+
+
+def test_a_read_only_folder_stays_as_it_is(documents, tmp_path):
+    Asker(KeptStates(ROOM, tmp_path)).ask(documents[0])
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    asker = Asker(KeptStates(ROOM, tmp_path, read_only=True))
+    asker.ask(documents[0] + " And")
+    assert asker.n_read < 300
+    asker.ask(documents[1])
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+
+
+def test_damaged_and_vanished_files_are_no_obstacle(documents, tmp_path):
+    first = Asker(KeptStates(ROOM, tmp_path))
+    wanted = [first.ask(text) for text in documents[:2]]
+    states = KeptStates(ROOM, tmp_path)
+    for i, path in enumerate(sorted(tmp_path.glob("*.kv"))):
+        if i % 2:
+            path.unlink()
+        else:
+            content = bytearray(path.read_bytes())
+            content[1000] ^= 1
+            path.write_bytes(content)
+    second = Asker(states)
+    with pytest.warns(UserWarning, match="the prompt is read"):
+        assert [second.ask(text) for text in documents[:2]] == wanted
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(documents):
+    asker = Asker(KeptStates(ROOM, Path("/dev/null/folder")))
+    with pytest.warns(UserWarning, match="a prompt was not saved"):
+        asker.ask(documents[0])
+
+
+def test_a_context_that_groups_nothing(heldout_text):
+    llm = Llama(MODEL, n_ctx=256, verbose=False)
+    llm.kept_states = KeptStates(ROOM)
+    texts = [heldout_text[:200], heldout_text[5000:5200]]
+    first = [llm.create_completion(t, max_tokens=8, temperature=0)["choices"][0]["text"] for t in texts]
+    seen = []
+    llm.progress = lambda done, total: seen.append(total)
+    again = [llm.create_completion(t, max_tokens=8, temperature=0)["choices"][0]["text"] for t in texts]
+    assert again == first
+    assert max(seen) < 200
+
+
+def test_tokens_of_a_state_are_compared_not_hashed_lengths():
+    """Two texts of one length are two texts."""
+    asker, fresh = Asker(KeptStates(ROOM)), Asker(None)
+    for seed in (0, 1, 0):
+        tokens = random_tokens(900, seed=seed)
+        got = asker.llm.create_completion(tokens, max_tokens=5, temperature=0)["choices"][0]["text"]
+        fresh.llm.reset()
+        assert got == fresh.llm.create_completion(tokens, max_tokens=5, temperature=0)["choices"][0]["text"]
