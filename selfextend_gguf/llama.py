@@ -245,11 +245,7 @@ class Llama(llama_cpp.Llama):
         n_new = len(tokens)
         if self.n_tokens + n_new > self._n_ctx:
             raise ContextFullError(f"Requested tokens ({self.n_tokens + n_new}) exceed context window of {self._n_ctx}")
-        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-            raise EngineError(
-                f"with swa_full=False the sliding-window layers no longer hold what came before token {self.n_tokens}: "
-                "call reset() and evaluate the text again"
-            )
+        self._remove_the_rest()
         done = 0
         while done < n_new:
             step = min(self.n_batch, n_new - done)
@@ -259,6 +255,14 @@ class Llama(llama_cpp.Llama):
             done += step
             if self.progress is not None:
                 self.progress(done, n_new)
+
+    def _remove_the_rest(self) -> None:
+        """Remove what the cache holds beyond `n_tokens`, which is where a rollback shows at last."""
+        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+            raise EngineError(
+                f"with swa_full=False the sliding-window layers no longer hold what came before token {self.n_tokens}: "
+                "call reset() and evaluate the text again"
+            )
 
     def generate(self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any) -> Iterator[int]:
         """Generate tokens after a prompt, as `llama_cpp.Llama.generate` does, with the help of `kept_states`."""
@@ -335,6 +339,7 @@ class Llama(llama_cpp.Llama):
         The file appears whole or not at all; an older one at `path` stays if anything goes wrong. Raises OSError and
         PromptCacheError.
         """
+        self._remove_the_rest()
         write_prompt(Path(path), self.ctx, self.saved_prompt())
 
     def saved_prompt(self) -> SavedPrompt:
@@ -359,6 +364,7 @@ class Llama(llama_cpp.Llama):
 
     def copy_prompt(self) -> CopiedPrompt:
         """The evaluated text with its cache contents, for `restore_prompt` of this object. Raises PromptCacheError."""
+        self._remove_the_rest()
         return CopiedPrompt(self.saved_prompt(), copy_sequence(self.ctx))
 
     def restore_prompt(self, copy: CopiedPrompt) -> int:
