@@ -28,7 +28,7 @@ class ContextFullError(SelfExtendError, ValueError):
 
 
 class NotEnoughMemoryError(SelfExtendError, MemoryError):
-    """A KV cache that does not fit the available memory."""
+    """A model and a context that do not fit the memory; the message names options that would."""
 
 
 class StateError(SelfExtendError, ValueError):
@@ -53,3 +53,7 @@ class NativeLibraryError(SelfExtendError, ImportError):
 
 class KeyPrecisionWarning(UserWarning):
     """Cached keys of few bits will be rewritten, and so rounded, more often than is good for them."""
+
+
+class MemoryTightWarning(UserWarning):
+    """A model that the system will have to read from disk again and again while it runs."""

@@ -43,12 +43,12 @@ def kv_cache_bytes(metadata: Mapping[str, str], n_ctx: int, type_k: int, type_v:
         return int(metadata.get(f"{arch}.{key}", default))
 
     n_layer = number("block_count", 0)
-    n_embd, n_head = number("embedding_length", 0), max(1, _per_layer(metadata, f"{arch}.attention.head_count", 1)[0])
+    n_embd, n_head = number("embedding_length", 0), max(1, per_layer(metadata, f"{arch}.attention.head_count", 1)[0])
     head_k = number("attention.key_length", n_embd // n_head)
     head_v = number("attention.value_length", n_embd // n_head)
     if f"{arch}.attention.key_length_mla" in metadata:
         head_v = 0  # latent attention: values are part of the cached keys
-    heads = _per_layer(metadata, f"{arch}.attention.head_count_kv", n_head)
+    heads = per_layer(metadata, f"{arch}.attention.head_count_kv", n_head)
     heads = heads * n_layer if len(heads) == 1 else heads
 
     def row(elements: int, ggml_type: int) -> int:
@@ -58,6 +58,7 @@ def kv_cache_bytes(metadata: Mapping[str, str], n_ctx: int, type_k: int, type_v:
     return n_ctx * sum(row(h * head_k, type_k) + row(h * head_v, type_v) for h in heads if h > 0)
 
 
-def _per_layer(metadata: Mapping[str, str], key: str, default: int) -> list[int]:
+def per_layer(metadata: Mapping[str, str], key: str, default: int) -> list[int]:
+    """A number of a model's metadata that may differ from layer to layer: one for all, or one for each."""
     value = json.loads(metadata.get(key, str(default)))
     return [int(v) for v in value] if isinstance(value, list) else [int(value)]

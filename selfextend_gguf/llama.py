@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-import psutil
 from llama_cpp.llama import LlamaState
 
 from selfextend_gguf._native import EVAL_CALLBACK, Engine, RewriteStats, last_error, note_log_errors, schedule_step
@@ -25,7 +25,6 @@ from selfextend_gguf.errors import (
     ContextFullError,
     EngineError,
     KeyPrecisionWarning,
-    NotEnoughMemoryError,
     PromptCacheError,
     SelfExtendError,
     StateError,
@@ -33,8 +32,9 @@ from selfextend_gguf.errors import (
     UnsupportedModelError,
 )
 from selfextend_gguf.kept_states import KeptStates
-from selfextend_gguf.kv_cache import KV_TYPES, SAFE_REWRITES, is_quantised, kv_cache_bytes, type_name
-from selfextend_gguf.model_info import model_file_error, set_log_level
+from selfextend_gguf.kv_cache import KV_TYPES, SAFE_REWRITES, is_quantised, type_name
+from selfextend_gguf.memory import Demand, check_memory, weights_bytes
+from selfextend_gguf.model_info import ModelInfo, model_file_error, set_log_level
 from selfextend_gguf.prompt_cache import (
     CopiedPrompt,
     SavedPrompt,
@@ -120,6 +120,7 @@ class Llama(llama_cpp.Llama):
         self.progress: Callable[[int, int], None] | None = None
         #: Copies of what was read, for prompts that come again; None = the running text alone is reused.
         self.kept_states: KeptStates | None = None
+        self._check_memory(model_path, n_ctx, n_batch, kwargs)
         try:
             super().__init__(
                 model_path,
@@ -173,7 +174,6 @@ class Llama(llama_cpp.Llama):
         if self.model_params.vocab_only:
             return
         note_log_errors(True)  # until the context exists, or llama.cpp has said why not
-        self._check_memory(model, n_ctx)
         if self._wanted_n_ctx <= n_ctx_train:
             self._choose_flash_attention(longest_step=self.n_batch)
             return
@@ -216,24 +216,29 @@ class Llama(llama_cpp.Llama):
                 stacklevel=3,
             )
 
-    def _check_memory(self, model: Any, n_ctx: int) -> None:
-        """Refuse a KV cache that cannot fit; llama.cpp would be killed while filling it."""
-        if self.model_params.n_gpu_layers > 0 and self.context_params.offload_kqv:
-            return  # the cache lies on a device, which refuses by itself
-        params = self.context_params
-        if not params.swa_full and llama_cpp.llama_model_n_swa(model.model) > 0:
-            return  # sliding-window layers keep a part only, which llama.cpp alone can tell
-        try:
-            need = kv_cache_bytes(model.metadata(), n_ctx, params.type_k, params.type_v)
-        except (KeyError, ValueError):
-            return  # sizes in a form we do not know: let llama.cpp try
-        available = psutil.virtual_memory().available
-        if need > available:
-            fits = n_ctx * available // need // _CELL_MULTIPLE * _CELL_MULTIPLE
-            raise NotEnoughMemoryError(
-                f"the KV cache of {n_ctx} tokens needs {need / 2**30:.1f} GiB, "
-                f"{available / 2**30:.1f} GiB of memory are available: about {fits} tokens would fit"
+    def _check_memory(self, model_path: str, n_ctx: int, n_batch: int, arguments: dict[str, Any]) -> None:
+        """Refuse what does not fit, before it is loaded."""
+        on_device = arguments.get("n_gpu_layers", 0) != 0 and arguments.get("offload_kqv", True)
+        if arguments.get("vocab_only") or (on_device and sys.platform != "darwin"):
+            return  # devices refuse by themselves, except where their memory is ours
+        with ModelInfo(model_path) as info:
+            if n_ctx > info.n_ctx_train > 0:
+                plan(info.n_ctx_train, n_ctx, **self._plan_arguments)  # what cannot be reached needs no memory
+            if not arguments.get("swa_full", True) and info.has_sliding_windows:
+                return  # sliding-window layers keep a part only, which llama.cpp alone can tell
+            type_k, type_v = (KV_TYPES["f16"] if t is None else t for t in map(arguments.get, ("type_k", "type_v")))
+            demand = Demand(
+                metadata=info.metadata,
+                weights=weights_bytes(info.path),
+                n_ctx=n_ctx or info.n_ctx_train,
+                n_batch=n_batch,
+                type_k=type_k,
+                type_v=type_v,
+                flash_attn=self._flash_attn is not False and KV_TYPES["f32"] not in (type_k, type_v),
+                is_mapped=arguments.get("use_mmap", True),
             )
+        with contextlib.suppress(KeyError, IndexError, ValueError):  # sizes in a form we do not know: let llama.cpp try
+            check_memory(demand)
 
     # ---- reading -------------------------------------------------------------------------------------------
 

@@ -131,6 +131,11 @@ class ModelInfo:
             return f"file type {number}"
 
     @property
+    def has_sliding_windows(self) -> bool:
+        """Whether some layers look back a window only."""
+        return llama_cpp.llama_model_n_swa(self.model.model) > 0
+
+    @property
     def chat_template(self) -> str | None:
         """The model's chat template (Jinja), if it has one."""
         return self.metadata.get("tokenizer.chat_template")

@@ -215,7 +215,7 @@ def check_one_line_error(arguments: list[str], message: str, stdin: bytes = b"")
     ("arguments", "message"),
     [
         (["-c", "1000000"], "beyond the reach of Self-Extend"),
-        (["-c", "1000000000"], "KV cache of 1000000000 tokens needs"),
+        (["-c", "1000000000"], "1000000000 tokens are beyond the reach"),
         (["-c", "512", "-p", "x" * 600], "Requested tokens (600) exceed context window of 512"),
         (["-c", "512", "--group-size", "0"], "group_size must be between 1 and 256"),
         (["-c", "512", "--group-size", "-2"], "group_size must be between 1 and 256"),
