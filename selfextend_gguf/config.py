@@ -6,7 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.schedule import LONGEST, RULES
+from selfextend_gguf.schedule import LONGEST, RULES, Schedule
 
 SCHEDULES = tuple(RULES)  #: names, in the order of `enum sx_schedule`
 
@@ -82,10 +82,10 @@ def plan(
 ) -> SelfExtendConfig:
     """Resolve the parameters for reading `n_ctx` tokens with a model trained on `n_ctx_train`.
 
-    None = automatic: distances below the trained context (adagrope: half of it), a quarter of the room for the
-    neighbor window, a third of the rest (at most 512) for the tokens between two moves of the boundary (adagrope: half
-    of the rest), and the smallest groups that reach `n_ctx` with these. The room is all distances; adagrope's is the
-    quarter of them that it keeps exact.
+    None = automatic: distances below 5/8 of the trained context, or more where only that reaches `n_ctx` (adagrope:
+    half of it, the others: all of it), a quarter of the room for the neighbor window, a third of the rest (at most 512)
+    for the tokens between two moves of the boundary (adagrope: half of the rest), and the smallest groups that reach
+    `n_ctx` with these. The room is all distances; adagrope's is the quarter of them that it keeps exact.
 
     Raises ConfigError for values out of range, for parameters that the schedule has no use for, and for a combination
     that cannot reach `n_ctx`; the message names the smallest change that would.
@@ -108,13 +108,30 @@ def plan(
     for name, why in rule.without.items():
         if given[name] is not None:
             raise ConfigError(f"schedule {schedule} has no use for {name}: {why}; leave it out")
+    distances = rule.default_distances(n_ctx_train) if max_distance is None else (max_distance,)
+    for distance in distances[:-1] if n_ctx > n_ctx_train else ():
+        try:
+            return _plan_within(distance, n_ctx_train, n_ctx, rule, group_size, neighbor_window, block_size)
+        except ConfigError:
+            continue  # too few positions for the context, or for a given window
+    return _plan_within(distances[-1], n_ctx_train, n_ctx, rule, group_size, neighbor_window, block_size)
+
+
+def _plan_within(
+    distance: int,
+    n_ctx_train: int,
+    n_ctx: int,
+    rule: Schedule,
+    group_size: int | None,
+    neighbor_window: int | None,
+    block_size: int | None,
+) -> SelfExtendConfig:
+    """`plan` with a given largest distance."""
     largest = rule.largest_group(n_ctx_train)
     trained = f" (the model is trained on {n_ctx_train} tokens)"
     if group_size is not None:
         _check_range("group_size", group_size, 1, largest, trained)
-    if max_distance is not None:
-        _check_range("max_distance", max_distance, 8, n_ctx_train, trained)
-    distance = rule.default_distance(n_ctx_train) if max_distance is None else max_distance
+    _check_range("max_distance", distance, 8, n_ctx_train, trained)
     room = rule.room(distance)
     if neighbor_window is not None:
         # Two positions must be left: one for a new token, one for the grouped keys.
@@ -127,7 +144,7 @@ def plan(
 
     def config_for(size: int, block_for: int) -> SelfExtendConfig:
         block = rule.default_block(free, n_batch, block_for) if block_size is None else block_size
-        return SelfExtendConfig(n_ctx_train, n_ctx, schedule, size, window, distance, block, n_batch)
+        return SelfExtendConfig(n_ctx_train, n_ctx, rule.name, size, window, distance, block, n_batch)
 
     if n_ctx <= n_ctx_train:
         return config_for(1, block_for=largest)
@@ -160,4 +177,4 @@ def largest_group_size(n_ctx_train: int) -> int:
 def longest_context(n_ctx_train: int) -> int:
     """Longest text that automatic parameters reach for a trained context, in tokens."""
     limit = largest_group_size(n_ctx_train)
-    return plan(n_ctx_train, n_ctx_train + 1, group_size=limit).longest_context
+    return plan(n_ctx_train, n_ctx_train + 1, group_size=limit, max_distance=n_ctx_train).longest_context

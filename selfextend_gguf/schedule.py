@@ -64,9 +64,9 @@ class Schedule(ABC):
 
     # ---- automatic parameters and reach ------------------------------------------------------------------------
 
-    def default_distance(self, n_ctx_train: int) -> int:
-        """Largest distance + 1, D."""
-        return n_ctx_train
+    def default_distances(self, n_ctx_train: int) -> tuple[int, ...]:
+        """Largest distance + 1, D: the first that reaches the context is taken."""
+        return (n_ctx_train,)
 
     def room(self, distance: int) -> int:
         """Positions that neighbor window, block and largest step divide among themselves (and grouped keys, if the
@@ -124,6 +124,11 @@ class SelfExtend(Schedule):
 
     name = "selfextend"
 
+    def default_distances(self, n_ctx_train: int) -> tuple[int, ...]:
+        # The largest distances are those that a model has seen least. The paper advises half to two thirds of the
+        # trained context; docs/results.md shows what five eighths do.
+        return tuple(max(8, eighths * n_ctx_train // 8) for eighths in (5, 6, 8))
+
     def default_block(self, free: int, n_batch: int, size: int) -> int:
         # Moving the boundary by one block makes room for block - block//size tokens: as many as whole tiles.
         tiles = usual_block(free)
@@ -137,7 +142,10 @@ class SelfExtend(Schedule):
     def n_moves(self, config: SelfExtendConfig) -> int:
         # Each move wins the positions that a block of grouped tokens does without.
         won = config.block_size - config.block_size / config.group_size
-        return ceil((config.n_ctx - config.max_distance) / won)
+        # The first comes at the trained context, and may be one of many blocks.
+        return min(
+            ceil((config.n_ctx - config.max_distance) / won), 1 + ceil((config.n_ctx - config.n_ctx_train) / won)
+        )
 
     def stage(self, config: SelfExtendConfig, n_cached: int, n_total: int) -> int:
         size, window = config.group_size, config.neighbor_window
@@ -219,8 +227,8 @@ class AdaGroPE(Schedule):
     without: ClassVar[Mapping[str, str]] = {"group_size": "its groups follow from the length of the text"}
     regroups = True
 
-    def default_distance(self, n_ctx_train: int) -> int:
-        return max(8, n_ctx_train // 2)
+    def default_distances(self, n_ctx_train: int) -> tuple[int, ...]:
+        return (max(8, n_ctx_train // 2),)
 
     def room(self, distance: int) -> int:
         # A step of n_batch tokens whose last one begins a block still sees distance//4 - block - n_batch + 1 exactly.

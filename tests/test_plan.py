@@ -127,7 +127,16 @@ def test_the_smallest_group_size_that_fits_is_chosen():
     config = plan(256, 4096)
     smaller = config.group_size - 1
     with pytest.raises(SelfExtendError, match=f"take a group size of at least {config.group_size}"):
-        plan(256, 4096, group_size=smaller)
+        plan(256, 4096, group_size=smaller, max_distance=config.max_distance)
+
+
+def test_larger_distances_are_used_only_where_it_takes_them():
+    assert plan(256, 4096).max_distance == 160  # 5/8
+    assert plan(256, 16640).max_distance == 192  # 3/4
+    assert plan(256, longest_context(256)).max_distance == 256
+    # Groups of 42 reach 4096 tokens with all distances only.
+    assert plan(256, 4096, group_size=42).max_distance == 256
+    assert plan(256, 256).max_distance == 256
 
 
 def test_the_suggestion_of_a_refusal_works():

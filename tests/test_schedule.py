@@ -35,7 +35,7 @@ def test_positions_by_hand():
     # L = D = 32, W = 8, G = 4, block 4; 40 tokens are cached, 4 more come: n0 = 40, n1 = 44.
     # The oldest key must move up by at least n1 - D = 12. g - g//4 >= 12 first holds at g = 15 (15 - 3 = 12);
     # the next multiple of the block is g = 16, and 40 - 16 = 24 >= W.
-    config = plan(32, 64, group_size=8, neighbor_window=8, block_size=4)
+    config = plan(32, 64, group_size=8, neighbor_window=8, max_distance=32, block_size=4)
     config = dataclasses.replace(config, group_size=4)
     # P(k) = 16 - 4 + k//4 for k < 16: four times 12, 13, 14, 15; then 16, 17, ... 39.
     wanted = np.r_[np.repeat([12, 13, 14, 15], 4), 16:40]
@@ -370,8 +370,8 @@ PINNED = [
 
 @pytest.mark.parametrize(("schedule", "train", "n_ctx", "arguments", "numbers", "n_steps", "checksum"), PINNED)
 def test_the_first_two_schedules_stay_what_they_are(schedule, train, n_ctx, arguments, numbers, n_steps, checksum):
-    """Published results depend on them: integer for integer what version 0.1.0 computed."""
-    c = plan(train, n_ctx, schedule=schedule, **arguments)
+    """Published results depend on them: integer for integer what version 0.1.0 computed, with all distances."""
+    c = plan(train, n_ctx, schedule=schedule, **{"max_distance": train, **arguments})
     got = (c.group_size, c.neighbor_window, c.max_distance, c.block_size, c.n_batch, c.longest_context, c.n_moves)
     assert got == numbers
     crc = 0
