@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ sampling_options = _combine(
         "--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Least relative probability."
     ),
     click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty on repeated tokens."),
-    click.option("--seed", type=int, help="Seed of the sampler [random]."),
+    # llama_cpp.Llama would take the same seed every time.
+    click.option("--seed", type=int, default=lambda: secrets.randbits(31), help="Seed of the sampler [random]."),
 )
 
 

@@ -68,7 +68,7 @@ def run(
     top_p: float,
     min_p: float,
     repeat_penalty: float,
-    seed: int | None,
+    seed: int,
     as_json: bool,
     timings: bool,
     **options: Any,
@@ -93,9 +93,7 @@ def run(
         raise ContextFullError(f"Requested tokens ({len(tokens.tokens)}) exceed context window of {n_ctx}")
 
     began = time.perf_counter()
-    llm = Llama(
-        str(model), n_ctx=n_ctx, n_batch=batch_size, seed=-1 if seed is None else seed, **llama_arguments(**options)
-    )
+    llm = Llama(str(model), n_ctx=n_ctx, n_batch=batch_size, seed=seed, **llama_arguments(**options))
     load_seconds = time.perf_counter() - began
     watch_interrupts(llm.ctx)
     sampling = {
