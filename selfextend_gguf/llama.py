@@ -14,7 +14,15 @@ import numpy.typing as npt
 import psutil
 from llama_cpp.llama import LlamaState
 
-from selfextend_gguf._native import EVAL_CALLBACK, Engine, RewriteStats, last_error, note_log_errors, schedule_step
+from selfextend_gguf._native import (
+    EVAL_CALLBACK,
+    Engine,
+    RewriteStats,
+    last_error,
+    note_log_errors,
+    raise_interrupt,
+    schedule_step,
+)
 from selfextend_gguf.config import SelfExtendConfig, plan
 from selfextend_gguf.context import SelfExtendContext
 from selfextend_gguf.drafting import StepLimitedDraft
@@ -248,7 +256,13 @@ class Llama(llama_cpp.Llama):
     def _eval_step(self, tokens: Sequence[int]) -> None:
         begin, end = self.n_tokens, self.n_tokens + len(tokens)
         self._batch.set_batch(batch=tokens, n_past=begin, logits_all=self._logits_all)
-        self._ctx.decode(self._batch)
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            self._ctx.kv_cache_seq_rm(-1, begin, -1)  # a failed decode may have kept some micro-batches
+            if str(error) == "llama_decode returned 2":  # llama_cpp's own context, aborted by Ctrl-C
+                raise_interrupt()
+            raise
         self.input_ids[begin:end] = tokens
         # With a draft model all logits are computed for sampling, but only `logits_all` has room to keep them.
         if self._logits_all and end <= len(self.scores):
