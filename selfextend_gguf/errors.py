@@ -35,6 +35,10 @@ class StateError(SelfExtendError, ValueError):
     """A saved state that is damaged or was made by another configuration."""
 
 
+class ConversationError(SelfExtendError, ValueError):
+    """A step that a conversation does not allow, or a file that holds none."""
+
+
 class EngineError(SelfExtendError, RuntimeError):
     """The native library or llama.cpp failed while running; the message says what happened."""
 
