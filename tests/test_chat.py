@@ -153,8 +153,8 @@ def test_line_editing(terminal, tmp_path):
 
 def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
     saved, book = tmp_path / "c.json", tmp_path / "book.txt"
-    book.write_text(heldout_text[:12000])
-    term = terminal("chat", MODEL, "-c", "16384", "-n", "16000", "--temp", "0.9")
+    book.write_text(heldout_text[:6000])
+    term = terminal("chat", MODEL, "-c", "8192", "-n", "2000", "--temp", "0.9")
     term.type("In the beginning\r")
     term.until(r"beginning\n(.+\n)+.+")
     term.type("\x03")
@@ -162,11 +162,11 @@ def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
     term.enter(f"/save {saved}")
     message, answer = json.loads(saved.read_text())["messages"]
     assert message["content"] == "In the beginning"
-    assert 0 < len(answer["content"]) < 16000
+    assert 0 < len(answer["content"]) < 2000
 
-    assert term.enter(f"/file {book}")[-2].endswith("12000 tokens, to be read before the next message.")
+    assert term.enter(f"/file {book}")[-2].endswith("6000 tokens, to be read before the next message.")
     term.type("And so\r")
-    term.until(r"^Reading +\[#.*\d+ of 120\d\d tokens, \d+ tokens/s")
+    term.until(r"^Reading +\[#.*\d+ of 6\d\d\d tokens, \d+ tokens/s")
     term.type("\x03")
     line = term.until(r"^Interrupted after .*\n>\Z")[-2]
     read, total = map(
@@ -186,7 +186,7 @@ def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
     assert not [line for line in lines if line.startswith("Reading")]  # the bar is gone when the answer begins
     term.enter(f"/save {saved}")
     messages = json.loads(saved.read_text())["messages"]
-    assert messages[2]["content"] == heldout_text[:12000].rstrip() + "\n\nAnd so"
+    assert messages[2]["content"] == heldout_text[:6000].rstrip() + "\n\nAnd so"
     assert len(messages) == 4
     term.type("\x04")
     assert term.exit_code() == 0
