@@ -227,7 +227,8 @@ class Dialogue:
                         check()
                 except KeyboardInterrupt:
                     if last is None:
-                        note(f"Interrupted after reading {n_read} of {n_to_read} tokens; the message is taken back.")
+                        left = "the message is taken back" if message else "the answer stays"
+                        note(f"Interrupted after reading {n_read} of {n_to_read} tokens; {left}.")
                     raise
                 finally:
                     if last is not None:
@@ -258,7 +259,7 @@ class Dialogue:
         note(f"Taken back: {textwrap.shorten(self._conversation.undo(), 60, placeholder=' ...')}")
 
     def attach(self, path: str) -> None:
-        text = read_text(Path(path).expanduser())
+        text = read_text(_path(path))
         self._attached.append(text)
         n_tokens = len(self._info.tokenize(text.encode(), add_bos=False))
         note(f"{path}: {n_tokens} tokens, to be read before the next message.")
@@ -268,13 +269,13 @@ class Dialogue:
         note("The system message is set." if text else "There is no system message.")
 
     def save(self, path: str) -> None:
-        file = Path(path).expanduser()
+        file = _path(path)
         self._conversation.save(file)
         note(f"{path}: {len(self._conversation.messages)} messages saved.")
         self._conversation.save_cache(_cache_of(file))
 
     def load(self, path: str) -> None:
-        file = Path(path).expanduser()
+        file = _path(path)
         self._conversation.load(file)
         self._attached.clear()
         note(f"{path}: {len(self._conversation.messages)} messages loaded.")
@@ -303,6 +304,14 @@ class Dialogue:
 
     def end(self, _: str) -> None:
         raise EOFError
+
+
+def _path(text: str) -> Path:
+    """A path as typed, "~" being the home folder."""
+    try:
+        return Path(text.replace("\0", "")).expanduser()
+    except RuntimeError:  # "~name", and nobody has that name
+        return Path(text)
 
 
 def _cache_of(path: Path) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -40,7 +42,14 @@ class Terminal:
     """A program on a pseudo-terminal, and what its screen shows."""
 
     def __init__(self, *arguments: str, columns: int = 160, rows: int = 30) -> None:
-        self.program = pexpect.spawn(COMMAND, list(arguments), dimensions=(rows, columns), encoding="utf-8", timeout=30)
+        self.program = pexpect.spawn(
+            COMMAND,
+            list(arguments),
+            dimensions=(rows, columns),
+            env=dict(os.environ),  # without COLUMNS, which readline exports behind Python's back
+            encoding="utf-8",
+            timeout=30,
+        )
         self.screen = pyte.Screen(columns, rows)
         self.screen.write_process_input = self.program.send  # the terminal's answer to "where is the cursor?"
         self.stream = pyte.Stream(self.screen)
@@ -195,6 +204,18 @@ def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
     assert term.exit_code() == 0
 
 
+def test_the_bar_fits_a_narrow_terminal(terminal, tmp_path, heldout_text):
+    book = tmp_path / "book.txt"
+    book.write_text(heldout_text[:6000])
+    term = terminal("chat", MODEL, "-c", "8192", "-n", "1", "--temp", "0", columns=70)
+    term.type(f"/file {book}\r")
+    term.until(r"next message(.|\n)*^>\Z")
+    term.type("\x0cAnd so\r")
+    lines = term.until(r"^Reading .*\d+ of 6\d\d\d tokens, \d+ tokens/s$")
+    assert [line for line in lines if line.startswith("Reading")] == lines[1:]  # one line, drawn over itself
+    term.until(r"^> And so\n(?!Reading).+\n>\Z")
+
+
 def test_run_without_a_prompt_asks_for_one_where_no_chat_is_possible():
     program = pexpect.spawn(COMMAND, ["run", MODEL, "--json"], encoding="utf-8", timeout=30)
     program.expect(pexpect.EOF)
@@ -225,6 +246,24 @@ def test_in_a_process_of_its_own():
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "57901\n", "")
+
+
+def test_ctrl_c_in_a_pipe_ends_the_chat_and_keeps_the_text_so_far():
+    process = subprocess.Popen(
+        [COMMAND, "chat", MODEL, "--raw", "-c", "8192", "-n", "8000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b"In the beginning\nnever answered\n")
+    process.stdin.flush()
+    first = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(first) == 20
+    assert rest.endswith(b"\n")
+    assert error == b"Interrupted.\n"
 
 
 @pytest.mark.parametrize("lines", ["", "\n", "   \n\n"])
@@ -261,6 +300,7 @@ def test_commands_report_mistakes_in_a_line(tmp_path):
         "/undo 3": "usage: /undo",
         "/file": "usage: /file PATH",
         "/file no-such-file": "[Errno 2] No such file or directory: 'no-such-file'",
+        "/file ~nobody-of-that-name/x": "[Errno 2] No such file or directory: '~nobody-of-that-name/x'",
         f"/file {latin}": f"{latin} is not UTF-8 text: invalid byte at offset 3",
         f"/load {bad}": f"{bad} is no saved conversation: there is no list of messages",
         "/save": "usage: /save FILE",
