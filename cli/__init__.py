@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 from selfextend_gguf.cli.bench import bench
+from selfextend_gguf.cli.chat import chat
 from selfextend_gguf.cli.demo import demo
 from selfextend_gguf.cli.errors import ErrorHandlingGroup
 from selfextend_gguf.cli.evaluate import evaluate
@@ -26,5 +27,5 @@ def main() -> None:
     """
 
 
-for command in (run, info, demo, bench, evaluate, tune):
+for command in (run, chat, info, demo, bench, evaluate, tune):
     main.add_command(command)

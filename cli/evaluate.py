@@ -21,6 +21,7 @@ from selfextend_gguf.cli.options import (
     self_extend_options,
     verbose_option,
 )
+from selfextend_gguf.cli.texts import read_text
 
 from selfextend_gguf.config import SCHEDULES, longest_context
 from selfextend_gguf.evaluation.perplexity import LengthResult, compare
@@ -44,14 +45,6 @@ def evaluate() -> None:
         sx-gguf eval ppl model.gguf -f book.txt
         sx-gguf eval passkey model.gguf
     """
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file, or an error in one line."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise click.ClickException(f"{path} is not UTF-8 text: invalid byte at offset {error.start}") from error
 
 
 def lengths_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

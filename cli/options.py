@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,22 @@ self_extend_options = _combine(
     ),
 )
 
+text_options = _combine(
+    click.option(
+        "-n",
+        "--predict",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        help="Most tokens to generate for an answer.",
+    ),
+    click.option(
+        "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once."
+    ),
+    click.option("--raw", is_flag=True, help="Leave out the model's chat template."),
+    click.option("--system", help="System message for the chat template."),
+)
+
 device_options = _combine(
     click.option(
         "-t", "--threads", type=click.IntRange(1), help="CPU threads [half of the cores to generate, all to read]."
@@ -109,8 +126,15 @@ sampling_options = _combine(
         "--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Least relative probability."
     ),
     click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty on repeated tokens."),
-    click.option("--seed", type=int, help="Seed of the sampler [random]."),
+    # llama_cpp.Llama would take the same seed every time.
+    click.option("--seed", type=int, default=lambda: secrets.randbits(31), help="Seed of the sampler [random]."),
 )
+
+
+def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Move the values of `sampling_options`, except the seed, into arguments of `create_completion`."""
+    names = {"temperature": "temp"} | {name: name for name in ("top_k", "top_p", "min_p", "repeat_penalty")}
+    return {argument: options.pop(name) for argument, name in names.items()}
 
 
 def model_arguments(

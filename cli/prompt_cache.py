@@ -6,9 +6,18 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
+
 from selfextend_gguf.errors import ForeignPromptCacheError, PromptCacheError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.prompt_cache import SavedPrompt, read_prompt_header
+
+
+def prompt_cache_file(path: Path | None, read_only_path: Path | None) -> PromptCacheFile:
+    """The file that --prompt-cache or --prompt-cache-ro names."""
+    if path is not None and read_only_path is not None:
+        raise click.UsageError("give --prompt-cache or --prompt-cache-ro, not both")
+    return PromptCacheFile(path or read_only_path, read_only=read_only_path is not None)
 
 
 class PromptCacheFile:
@@ -21,8 +30,8 @@ class PromptCacheFile:
         self._is_useful = True
 
     def context_for(self, n_ctx: int, tokens: Sequence[int]) -> int:
-        """`n_ctx` for the prompt `tokens`, or the context the file was made in, so that it can be restored; a file that
-        has less than half of the prompt is not worth it."""
+        """`n_ctx` for a prompt that begins with `tokens`, or the context the file was made in, so that it can be
+        restored; a file that has less than half of them is not worth it."""
         if self._path is None:
             return n_ctx
         try:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
+from selfextend_gguf.cli.chat import chat
 from selfextend_gguf.cli.errors import EXIT_INTERRUPTED
 from selfextend_gguf.cli.options import (
     device_options,
@@ -21,9 +20,13 @@ from selfextend_gguf.cli.options import (
     prompt_cache_options,
     sampling_options,
     self_extend_options,
+    take_sampling,
+    text_options,
     verbose_option,
 )
-from selfextend_gguf.cli.prompt_cache import PromptCacheFile
+from selfextend_gguf.cli.progress import reading_bar
+from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
+from selfextend_gguf.cli.texts import before_question, read_standard_input, read_text
 
 from selfextend_gguf._native import watch_interrupts
 from selfextend_gguf.errors import ContextFullError
@@ -41,14 +44,7 @@ from selfextend_gguf.prompt import Prompt, chat_prompt, raw_prompt
     "-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text file to read first; - = standard input."
 )
 @click.option("-c", "--ctx", type=click.IntRange(1), help="Context in tokens [what prompt and answer need].")
-@click.option(
-    "-n", "--predict", type=click.IntRange(1), default=256, show_default=True, help="Most tokens to generate."
-)
-@click.option(
-    "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once."
-)
-@click.option("--raw", is_flag=True, help="Leave out the model's chat template.")
-@click.option("--system", help="System message for the chat template.")
+@text_options
 @self_extend_options
 @sampling_options
 @device_options
@@ -66,12 +62,7 @@ def run(
     batch_size: int,
     raw: bool,
     system: str | None,
-    temp: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repeat_penalty: float,
-    seed: int | None,
+    seed: int,
     prompt_cache: Path | None,
     prompt_cache_ro: Path | None,
     as_json: bool,
@@ -80,7 +71,8 @@ def run(
 ) -> None:
     """Complete a prompt; a text longer than the trained context is extended without asking.
 
-    The prompt is the argument, -p, -f FILE or standard input; with -f and a prompt, the file comes first.
+    The prompt is the argument, -p, -f FILE or standard input; with -f and a prompt, the file comes first. On a
+    terminal and without any of them, a chat begins.
 
     \b
     Examples:
@@ -89,10 +81,14 @@ def run(
         sx-gguf run model.gguf --ctx 16384 < book.txt
         sx-gguf run model.gguf -f book.txt -p "Who is the narrator?" --prompt-cache book.kv
     """
-    if prompt_cache and prompt_cache_ro:
-        raise click.UsageError("give --prompt-cache or --prompt-cache-ro, not both")
-    cache = PromptCacheFile(prompt_cache or prompt_cache_ro, read_only=prompt_cache_ro is not None)
+    cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
     text = read_prompt(prompt, prompt_option, file)
+    if text is None:
+        if as_json or timings or not sys.stdout.isatty():
+            raise click.UsageError("no prompt: give it as an argument, with -p, with -f FILE, or on standard input")
+        context = click.get_current_context()
+        context.invoke(chat, **{p.name: context.params[p.name] for p in chat.params if p.name in context.params})
+        return
     with ModelInfo(model, verbose=options["verbose"]) as info:
         tokens = chat_prompt(info, text, system) if info.chat_template and not raw else raw_prompt(info, text)
     if not tokens.tokens:
@@ -101,20 +97,11 @@ def run(
     if len(tokens.tokens) >= -(-n_ctx // 256) * 256:
         raise ContextFullError(f"Requested tokens ({len(tokens.tokens)}) exceed context window of {n_ctx}")
 
+    sampling = take_sampling(options) | {"seed": seed}
     began = time.perf_counter()
-    llm = Llama(
-        str(model), n_ctx=n_ctx, n_batch=batch_size, seed=-1 if seed is None else seed, **llama_arguments(**options)
-    )
+    llm = Llama(str(model), n_ctx=n_ctx, n_batch=batch_size, seed=seed, **llama_arguments(**options))
     opening = {"load_seconds": time.perf_counter() - began}
     watch_interrupts(llm.ctx)
-    sampling = {
-        "temperature": temp,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repeat_penalty": repeat_penalty,
-        "seed": seed,
-    }
     try:
         began = time.perf_counter()
         cache.load(llm)
@@ -128,23 +115,22 @@ def run(
         llm.close()
 
 
-def read_prompt(argument: str | None, option: str | None, file: Path | None) -> str:
-    """Text to complete: the file (or standard input, if nothing else is given), then the prompt."""
+def read_prompt(argument: str | None, option: str | None, file: Path | None) -> str | None:
+    """Text to complete: the file (or standard input, if nothing else is given), then the prompt.
+
+    None if nothing is given and standard input is a terminal.
+    """
     if argument is not None and option is not None:
         raise click.UsageError("give the prompt as an argument or with -p, not both")
     prompt = argument if argument is not None else option
     if prompt is None and file is None:
         if sys.stdin.isatty():
-            raise click.UsageError("no prompt: give it as an argument, with -p, with -f FILE, or on standard input")
+            return None
         file = Path("-")
     if file is None:
         return prompt or ""
-    name, content = ("standard input", sys.stdin.buffer.read()) if str(file) == "-" else (str(file), file.read_bytes())
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise click.ClickException(f"{name} is not UTF-8 text: invalid byte at offset {error.start}") from error
-    return text if prompt is None else f"{text.rstrip()}\n\n{prompt}"
+    text = read_standard_input() if str(file) == "-" else read_text(file)
+    return text if prompt is None else before_question(text, prompt)
 
 
 def print_answer(
@@ -154,11 +140,11 @@ def print_answer(
     answer, last = [], None
     is_read = False
     try:
-        with reading_bar(len(prompt.tokens)) as show:
+        with reading_bar() as show:
 
             def on_read(done: int, total: int) -> None:
                 nonlocal is_read
-                show(llm.n_tokens, done)
+                show(done, total)
                 is_read = done == total
                 if is_read:
                     cache.save(llm)
@@ -180,24 +166,6 @@ def print_answer(
     if echo:
         click.echo()
     return "".join(answer), last
-
-
-@contextmanager
-def reading_bar(n_tokens: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error while the prompt is read, if that is a terminal.
-
-    To be called with the tokens that are cached, and those of them that were read since.
-    """
-    if not sys.stderr.isatty():
-        yield lambda cached, read: None
-        return
-    began = time.perf_counter()
-
-    def describe(read: int | None) -> str | None:
-        return read and f"{bar.pos} of {n_tokens} tokens, {read / (time.perf_counter() - began):.0f} tokens/s"
-
-    with click.progressbar(length=n_tokens, label="Reading", file=sys.stderr, item_show_func=describe) as bar:
-        yield lambda cached, read: bar.update(cached - bar.pos, current_item=read)
 
 
 def record(model: Path, llm: Llama, answer: str, last: Piece | None, opening: dict[str, float]) -> dict[str, Any]:

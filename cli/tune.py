@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 import numpy as np
-from selfextend_gguf.cli.evaluate import read_text, status_line
+from selfextend_gguf.cli.evaluate import status_line
 from selfextend_gguf.cli.options import device_options, model_argument, model_arguments, verbose_option
+from selfextend_gguf.cli.texts import read_text
 
 from selfextend_gguf.evaluation.retrieval import ANSWER_ROOM, score
 from selfextend_gguf.evaluation.tasks import TASKS, Wish

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Any
 
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.schedule import LONGEST, RULES, Schedule
@@ -174,7 +175,14 @@ def largest_group_size(n_ctx_train: int) -> int:
     return RULES[SCHEDULES[0]].largest_group(n_ctx_train)
 
 
-def longest_context(n_ctx_train: int) -> int:
-    """Longest text that automatic parameters reach for a trained context, in tokens."""
-    limit = largest_group_size(n_ctx_train)
-    return plan(n_ctx_train, n_ctx_train + 1, group_size=limit, max_distance=n_ctx_train).longest_context
+def longest_context(n_ctx_train: int, **parameters: Any) -> int:
+    """Longest text that parameters of `plan` reach for a trained context, in tokens; automatic where not given.
+
+    Raises ConfigError as `plan` does.
+    """
+    rule = RULES[parameters.get("schedule") or SCHEDULES[0]]
+    if parameters.get("group_size") is None and "group_size" not in rule.without:
+        parameters["group_size"] = rule.largest_group(n_ctx_train)
+    if parameters.get("max_distance") is None and len(distances := rule.default_distances(n_ctx_train)) > 1:
+        parameters["max_distance"] = distances[-1]
+    return plan(n_ctx_train, n_ctx_train + 1, **parameters).longest_context

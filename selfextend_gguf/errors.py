@@ -43,6 +43,10 @@ class ForeignPromptCacheError(PromptCacheError):
     """A file that is no prompt cache, or a good one of another model, version or kind of cache: worth keeping."""
 
 
+class ConversationError(SelfExtendError, ValueError):
+    """A step that a conversation does not allow, or a file that holds none."""
+
+
 class EngineError(SelfExtendError, RuntimeError):
     """The native library or llama.cpp failed while running; the message says what happened."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from selfextend_gguf.errors import ContextFullError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.prompt import Prompt
 
@@ -16,7 +17,7 @@ class Timings:
     """Tokens and seconds of a completion so far."""
 
     prompt_tokens: int
-    cached_tokens: int = 0  # of them not read, because the cache had them
+    cached_tokens: int = 0  # of the prompt's, those that were in the cache and not read
     prompt_seconds: float = 0.0
     generated_tokens: int = 0  # with the token that ended the answer, if one did
     generate_seconds: float = 0.0
@@ -53,9 +54,18 @@ def stream_completion(
 ) -> Iterator[Piece]:
     """Complete `prompt`; `sampling` goes to `Llama.create_completion`.
 
-    `on_read(done, total)` is called while the prompt is read. Raises ContextFullError when the prompt does not fit.
+    `on_read(done, total)` is called before and while that part of the prompt is read that the cache does not hold; what
+    it raises leaves the cache with the tokens read so far. Raises ContextFullError when the prompt does not fit.
     """
-    timings = Timings(len(prompt.tokens))
+    n_prompt = len(prompt.tokens)
+    if n_prompt >= llm.n_ctx():
+        raise ContextFullError(f"Requested tokens ({n_prompt}) exceed context window of {llm.n_ctx()}")
+    # The last token is read in any case, for its logits.
+    n_cached = max(
+        0, min(n_prompt - 1, llm.longest_token_prefix(llm.input_ids[: llm.n_tokens].tolist(), prompt.tokens))
+    )
+    timings = Timings(n_prompt, n_cached)
+    on_read(0, n_prompt - n_cached)
     rewritten_before = llm.rewrite_stats.seconds
     began = time.perf_counter()
 
@@ -64,7 +74,6 @@ def stream_completion(
         now = time.perf_counter()
         if timings.generated_tokens == 0:
             timings.prompt_seconds = now - began
-            timings.cached_tokens = timings.prompt_tokens - total
             on_read(done, total)
             began += time.perf_counter() - now  # what the caller does meanwhile is neither reading nor generating
             now = began + timings.prompt_seconds

@@ -16,7 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
-from selfextend_gguf._native import EVAL_CALLBACK, Engine, RewriteStats, last_error, note_log_errors, schedule_step
+from selfextend_gguf._native import (
+    EVAL_CALLBACK,
+    Engine,
+    RewriteStats,
+    last_error,
+    note_log_errors,
+    raise_interrupt,
+    schedule_step,
+)
 from selfextend_gguf.config import SelfExtendConfig, plan
 from selfextend_gguf.context import SelfExtendContext
 from selfextend_gguf.drafting import StepLimitedDraft
@@ -273,12 +281,23 @@ class Llama(llama_cpp.Llama):
         """Generate tokens after a prompt, as `llama_cpp.Llama.generate` does, with the help of `kept_states`."""
         if reset and self.kept_states is not None:
             self.kept_states.prepare(self, tokens)
-        return (yield from super().generate(tokens, *args, reset=reset, **kwargs))
+        try:
+            yield from super().generate(tokens, *args, reset=reset, **kwargs)
+        except ContextFullError:
+            # llama_cpp counts the tokens of an answer, but not where it waits for the rest of a character.
+            if self.n_tokens < self._n_ctx:
+                raise
 
     def _eval_step(self, tokens: Sequence[int]) -> None:
         begin, end = self.n_tokens, self.n_tokens + len(tokens)
         self._batch.set_batch(batch=tokens, n_past=begin, logits_all=self._logits_all)
-        self._ctx.decode(self._batch)
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            self._ctx.kv_cache_seq_rm(-1, begin, -1)  # a failed decode may have kept some micro-batches
+            if str(error) == "llama_decode returned 2":  # llama_cpp's own context, aborted by Ctrl-C
+                raise_interrupt()
+            raise
         self.input_ids[begin:end] = tokens
         # With a draft model all logits are computed for sampling, but only `logits_all` has room to keep them.
         if self._logits_all and end <= len(self.scores):

@@ -148,6 +148,13 @@ class ModelInfo:
         """Tokens of UTF-8 `text`, special tokens recognised, as a completion would see them."""
         return self.model.tokenize(text, add_bos, True)
 
+    def tokenize_more(self, text: bytes) -> list[int]:
+        """Tokens of `text` where it goes on from other text; alone, some vocabularies would put a space before it."""
+        start = self.tokenize(b"\n", add_bos=False)
+        tokens = self.tokenize(b"\n" + text, add_bos=False)
+        # Where the line break grew together with the text, the vocabulary is of the kind that adds no space.
+        return tokens[len(start) :] if tokens[: len(start)] == start else self.tokenize(text, add_bos=False)
+
     @property
     def n_layers(self) -> int:
         """Layers of the model."""

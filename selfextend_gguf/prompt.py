@@ -1,7 +1,8 @@
-"""From a user's text to the tokens a model expects."""
+"""From messages to the text and the tokens a model expects."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jinja2
@@ -9,6 +10,17 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.model_info import ModelInfo
+
+Message = dict[str, str]  #: "role" ("system", "user" or "assistant") and "content", as chat templates take them
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as one text to complete."""
+
+    text: str
+    add_bos: bool  # whether the text lacks the BOS token that the model wants
+    stop: list[str] = field(default_factory=list)  # strings that end the answer
 
 
 @dataclass(frozen=True)
@@ -19,13 +31,14 @@ class Prompt:
     stop: list[str] = field(default_factory=list)
 
 
-def raw_prompt(info: ModelInfo, text: str) -> Prompt:
-    """`text` as it is, with the model's BOS token if it wants one."""
-    return Prompt(info.tokenize(text.encode(), add_bos=info.model.add_bos_token()))
+def render_raw(info: ModelInfo, messages: Sequence[Message]) -> Rendering:
+    """The messages one after another as they are; a system message is a paragraph of its own."""
+    texts = [m["content"] + "\n\n" * (m["role"] == "system") for m in messages]
+    return Rendering("".join(texts), add_bos=info.model.add_bos_token())
 
 
-def chat_prompt(info: ModelInfo, text: str, system: str | None = None) -> Prompt:
-    """`text` as a user's message in the model's own chat template.
+def render_chat(info: ModelInfo, messages: Sequence[Message]) -> Rendering:
+    """The messages in the model's own chat template, up to where the answer begins.
 
     Raises ConfigError when the model has no template or its template fails.
     """
@@ -36,16 +49,35 @@ def chat_prompt(info: ModelInfo, text: str, system: str | None = None) -> Prompt
     def piece(token: int) -> str:
         return info.model.token_get_text(token) if token != -1 else ""
 
-    messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
     try:
         formatter = Jinja2ChatFormatter(
             template, eos_token=piece(info.model.token_eos()), bos_token=piece(info.model.token_bos())
         )
-        rendered = formatter(messages=messages)  # type: ignore[arg-type]
+        rendered = formatter(messages=list(messages))  # type: ignore[arg-type]
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise ConfigError(f"the model's chat template failed ({error}); --raw leaves it out") from error
-    tokens = info.tokenize(rendered.prompt.encode(), add_bos=not rendered.added_special and info.model.add_bos_token())
     stop = rendered.stop if isinstance(rendered.stop, list) else [rendered.stop] if rendered.stop else []
-    return Prompt(tokens, [s for s in stop if s])
+    add_bos = not rendered.added_special and info.model.add_bos_token()
+    return Rendering(rendered.prompt, add_bos, [s for s in stop if s])
+
+
+def raw_prompt(info: ModelInfo, text: str) -> Prompt:
+    """`text` as it is, with the model's BOS token if it wants one."""
+    return _prompt(info, render_raw(info, [{"role": "user", "content": text}]))
+
+
+def chat_prompt(info: ModelInfo, text: str, system: str | None = None) -> Prompt:
+    """`text` as a user's message in the model's own chat template.
+
+    Raises ConfigError when the model has no template or its template fails.
+    """
+    return _prompt(info, render_chat(info, with_system(system, [{"role": "user", "content": text}])))
+
+
+def with_system(system: str | None, messages: Sequence[Message]) -> list[Message]:
+    """The messages after a system message, if there is one."""
+    return [*([] if system is None else [{"role": "system", "content": system}]), *messages]
+
+
+def _prompt(info: ModelInfo, rendering: Rendering) -> Prompt:
+    return Prompt(info.tokenize(rendering.text.encode(), add_bos=rendering.add_bos), rendering.stop)

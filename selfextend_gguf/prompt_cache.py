@@ -17,6 +17,7 @@ import json
 import os
 import struct
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _FORMAT = 1
 _FOOTER = struct.Struct("<III8s")  # tokens, bytes of the header, CRC-32 of all before the footer, magic
 _MAGIC = b"SXPROMPT"
 _LLAMA_MAGIC = llama_cpp.LLAMA_STATE_SEQ_MAGIC.to_bytes(4, "little")  # first bytes of a sequence state
+_ABANDONED = 60  # seconds
 _CHUNK = 1 << 20  # bytes
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of a model file: blocks, bytes in each
 
@@ -182,7 +184,8 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
     for name in folder.glob(f"{prefix}*.tmp"):
         with contextlib.suppress(OSError), name.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a writer lives
-            name.unlink()
+            if time.time() - name.stat().st_mtime > _ABANDONED:  # or it may be about to lock it
+                name.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -119,6 +119,11 @@ def test_parameters_and_seed_reach_the_engine(task):
     assert other["text"] != first["text"]
 
 
+def test_without_a_seed_every_run_is_another():
+    answers = {invoke("run", MODEL, "In the beginning", "-n", "60", "--temp", "1").stdout for _ in range(3)}
+    assert len(answers) == 3
+
+
 def test_timings_go_to_standard_error(task):
     result = invoke("run", MODEL, task.prompt, "-n", "5", "--temp", "0", "--timings")
     assert result.stdout == task.answer + "\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 from selfextend_gguf.cli import main
+from selfextend_gguf.cli.chat import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +29,12 @@ def test_every_option_of_run_is_in_the_readme():
     for option in main.commands["run"].params:
         if isinstance(option, click.Option):
             assert any(f"`{name}" in README for name in option.opts), option.opts
+
+
+def test_every_command_of_a_chat_is_in_the_readme():
+    section = README.split("### Chat\n")[1].split("\n### ")[0]
+    for name, command in COMMANDS.items():
+        assert f"`/{name} {command.argument}".rstrip() + "`" in section
 
 
 def test_ci_runs_the_readmes_test_command():

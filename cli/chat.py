@@ -1,0 +1,354 @@
+"""`sx-gguf chat`: a conversation on the terminal or in a pipe."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from selfextend_gguf.cli.interrupts import deferred_interrupts
+from selfextend_gguf.cli.line_input import piped_messages, typed_messages
+from selfextend_gguf.cli.options import (
+    SELF_EXTEND_PARAMETERS,
+    device_options,
+    llama_arguments,
+    model_argument,
+    prompt_cache_options,
+    sampling_options,
+    self_extend_options,
+    take_sampling,
+    text_options,
+    verbose_option,
+)
+from selfextend_gguf.cli.progress import reading_bar
+from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
+from selfextend_gguf.cli.texts import before_question, read_text
+
+from selfextend_gguf.config import longest_context, plan
+from selfextend_gguf.conversation import Conversation
+from selfextend_gguf.errors import (
+    ConfigError,
+    ContextFullError,
+    ConversationError,
+    PromptCacheError,
+    SelfExtendError,
+    UnsupportedModelError,
+)
+from selfextend_gguf.generate import Piece, Timings
+from selfextend_gguf.llama import Llama
+from selfextend_gguf.model_info import ModelInfo
+
+TIMES_TRAINED = 4  # the context where none is asked for, in trained contexts
+_CELL_MULTIPLE = 256  # llama.cpp rounds contexts up to it
+_MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
+
+
+@click.command()
+@model_argument
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text file to put before the first message.")
+@click.option(
+    "-c",
+    "--ctx",
+    type=click.IntRange(1),
+    help=f"Context in tokens [{TIMES_TRAINED} times the trained one, or less if that is out of reach].",
+)
+@text_options
+@self_extend_options
+@sampling_options
+@device_options
+@prompt_cache_options
+@verbose_option
+def chat(
+    model: Path,
+    file: Path | None,
+    ctx: int | None,
+    predict: int,
+    batch_size: int,
+    raw: bool,
+    system: str | None,
+    seed: int,
+    prompt_cache: Path | None,
+    prompt_cache_ro: Path | None,
+    **options: Any,
+) -> None:
+    """Talk with a model; /help lists the commands.
+
+    Answers go to standard output, all else to standard error. From a pipe, each line is a message or a command.
+
+    \b
+    Examples:
+        sx-gguf chat model.gguf
+        sx-gguf chat model.gguf -f book.txt --system "Answer in one sentence."
+        printf 'Hello!\n/save hello.json\n' | sx-gguf chat model.gguf
+    """
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    sampling = take_sampling(options)
+    cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
+    with ModelInfo(model, verbose=options["verbose"]) as info:
+        # The seed is that of a sequence of answers; given to each answer, it would make /regen repeat itself.
+        llm = open_llama(info, ctx, cache, n_batch=batch_size, seed=seed, **llama_arguments(**options))
+        try:
+            cache.load(llm)
+            conversation = Conversation(llm, info, system=system, raw=raw)
+            dialogue = Dialogue(conversation, llm, info, predict, sampling)
+            if is_terminal:
+                note(f"{model.name}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}). /help for help.")
+            if conversation.raw and not raw:
+                note("The model has no chat template: texts are continued as they are.")
+            if file is not None:
+                dialogue.attach(str(file))
+            hold(dialogue, is_terminal, verbose=options["verbose"])
+        finally:
+            cache.save(llm)
+            llm.close()
+
+
+def note(text: str) -> None:
+    """Tell something beside the conversation."""
+    click.echo(text, err=True)
+
+
+def open_llama(info: ModelInfo, ctx: int | None, cache: PromptCacheFile, **arguments: Any) -> Llama:
+    """Load the model; without `ctx`, for as long a text as makes sense, and as the prompt cache needs."""
+    parameters = {name: arguments[name] for name in SELF_EXTEND_PARAMETERS}
+    n_ctx = ctx or cache.context_for(default_context(info.n_ctx_train, parameters), [])
+    try:
+        return Llama(str(info.path), n_ctx=n_ctx, **arguments)
+    except UnsupportedModelError as error:
+        if ctx is not None:
+            raise
+        note(f"The context is the trained one, {info.n_ctx_train} tokens: {error}")
+        return Llama(str(info.path), n_ctx=info.n_ctx_train, **arguments)
+
+
+def default_context(n_ctx_train: int, parameters: dict[str, Any]) -> int:
+    """TIMES_TRAINED trained contexts, or what the parameters reach if that is less, in tokens."""
+    wanted = -(-TIMES_TRAINED * n_ctx_train // _CELL_MULTIPLE) * _CELL_MULTIPLE
+    try:
+        plan(n_ctx_train, wanted, **parameters)
+        return wanted
+    except ConfigError:
+        reached = longest_context(n_ctx_train, **parameters)  # raises if something else is wrong
+        return max(n_ctx_train, reached // _CELL_MULTIPLE * _CELL_MULTIPLE)
+
+
+def hold(dialogue: Dialogue, is_terminal: bool, *, verbose: bool) -> None:
+    """Read messages and commands and do what they ask for, to the end of input."""
+    read = typed_messages() if is_terminal else piped_messages()
+    while True:
+        try:
+            dialogue.handle(read())
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+        except (SelfExtendError, OSError, MemoryError, click.ClickException) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise
+            if verbose:
+                traceback.print_exception(error)
+            note(f"Error: {explain(error)}")
+
+
+def explain(error: Exception) -> str:
+    """An expected error in a line."""
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, ContextFullError):
+        return f"{error}: {_MAKE_ROOM}"
+    return str(error) or type(error).__name__
+
+
+class Dialogue:
+    """What messages and commands do."""
+
+    def __init__(
+        self, conversation: Conversation, llm: Llama, info: ModelInfo, predict: int, sampling: dict[str, Any]
+    ) -> None:
+        self._conversation = conversation
+        self._llm = llm
+        self._info = info
+        self._predict = predict
+        self._sampling = sampling
+        self._attached: list[str] = []  # texts to put before the next message
+        self._timings: Timings | None = None  # of the last answer
+
+    def handle(self, text: str) -> None:
+        """Answer a message or carry out a command. Raises EOFError for the command that ends the conversation."""
+        if text.startswith("/") and not text.startswith("//"):
+            name, argument = re.fullmatch(r"/(\S*)\s*(.*?)\s*", text, re.DOTALL).groups()  # type: ignore[union-attr]
+            if name not in COMMANDS:
+                raise ConversationError(f"no command /{name}: see /help, or begin a message with // for a slash")
+            command = COMMANDS[name]
+            if not command.takes(argument):
+                raise ConversationError(f"usage: /{name} {command.argument}".rstrip())
+            command.action(self, argument)
+        elif text.strip():
+            self.say(text.removeprefix("/"))
+
+    # ---- messages ------------------------------------------------------------------------------------------------
+
+    def say(self, message: str) -> None:
+        """Answer a message, after the texts attached to it."""
+        for text in reversed(self._attached):
+            message = before_question(text, message)
+        n_before = len(self._conversation.messages)
+        try:
+            self._answer(self._conversation.ask, message)
+        finally:
+            if len(self._conversation.messages) > n_before:  # else it was taken back, and may be sent again
+                self._attached.clear()
+
+    def say_again(self, _: str) -> None:
+        """Answer the last message anew."""
+        self._answer(self._conversation.ask_again)
+
+    def _answer(self, ask: Callable[..., Generator[Piece, None, None]], *message: str) -> None:
+        """Show an answer as it comes. Raises KeyboardInterrupt when Ctrl-C stopped it."""
+        n_read, n_to_read, last = 0, 0, None
+        with deferred_interrupts(self._llm) as check:
+
+            def on_read(done: int, total: int) -> None:
+                nonlocal n_read, n_to_read
+                n_read, n_to_read = done, total
+                show(done, total)
+                check()
+
+            answer = ask(*message, max_tokens=self._predict, on_read=on_read, **self._sampling)
+            with closing(answer) as pieces:
+                try:
+                    with reading_bar(erase=True) as show:
+                        first = next(pieces, None)
+                    for last in chain([first] if first else [], pieces):
+                        click.echo(last.text, nl=False)
+                        check()
+                except KeyboardInterrupt:
+                    if last is None:
+                        left = "the message is taken back" if message else "the answer stays"
+                        note(f"Interrupted after reading {n_read} of {n_to_read} tokens; {left}.")
+                    raise
+                finally:
+                    if last is not None:
+                        click.echo()
+                        self._timings = last.timings
+        if last is not None and last.finish_reason == "length":
+            self._say_why_it_ended(last.timings)
+
+    def _say_why_it_ended(self, timings: Timings) -> None:
+        if timings.prompt_tokens + timings.generated_tokens >= self._llm.n_ctx():
+            note(f"The context is full: {_MAKE_ROOM}.")
+        elif not self._conversation.raw:  # without a template every answer ends so
+            note(f"The answer was cut after {self._predict} tokens (-n).")
+
+    # ---- commands ------------------------------------------------------------------------------------------------
+
+    def help(self, _: str) -> None:
+        for name, command in COMMANDS.items():
+            note(f"{f'/{name} {command.argument}':<16}{command.help}")
+        note("A message that begins with a slash: //... A line that ends with a backslash goes on in the next.")
+
+    def clear(self, _: str) -> None:
+        self._conversation.clear()
+        self._attached.clear()
+        note("A new conversation begins.")
+
+    def undo(self, _: str) -> None:
+        note(f"Taken back: {textwrap.shorten(self._conversation.undo(), 60, placeholder=' ...')}")
+
+    def attach(self, path: str) -> None:
+        text = read_text(_path(path))
+        self._attached.append(text)
+        n_tokens = len(self._info.tokenize(text.encode(), add_bos=False))
+        note(f"{path}: {n_tokens} tokens, to be read before the next message.")
+
+    def set_system(self, text: str) -> None:
+        self._conversation.system = text or None
+        note("The system message is set." if text else "There is no system message.")
+
+    def save(self, path: str) -> None:
+        file = _path(path)
+        self._conversation.save(file)
+        note(f"{path}: {len(self._conversation.messages)} messages saved.")
+        self._conversation.save_cache(_cache_of(file))
+
+    def load(self, path: str) -> None:
+        file = _path(path)
+        self._conversation.load(file)
+        self._attached.clear()
+        note(f"{path}: {len(self._conversation.messages)} messages loaded.")
+        try:
+            self._conversation.load_cache(_cache_of(file))
+        except (PromptCacheError, OSError) as error:
+            note(f"Warning: {explain(error)}: the text is read again at the next message.")
+
+    def stats(self, _: str) -> None:
+        llm = self._llm
+        note(f"Cache        {llm.n_tokens} of {llm.n_ctx()} tokens, trained on {self._info.n_ctx_train}")
+        config = llm.self_extend
+        note(
+            f"Self-Extend  group size {config.group_size}, neighbor window {config.neighbor_window}"
+            if config
+            else "Self-Extend  not needed"
+        )
+        if self._timings is not None:
+            t = self._timings.as_dict()
+            note(
+                f"Last answer  read {t['prompt_tokens'] - t['cached_tokens']} tokens "
+                f"({t['prompt_tokens_per_second']:.1f} tokens/s), {t['cached_tokens']} were cached; "
+                f"generated {t['generated_tokens']} ({t['generated_tokens_per_second']:.1f} tokens/s)"
+            )
+        note(f"Memory       {psutil.Process().memory_info().rss / 2**20:.0f} MiB")
+
+    def end(self, _: str) -> None:
+        raise EOFError
+
+
+def _path(text: str) -> Path:
+    """A path as typed, "~" being the home folder."""
+    try:
+        return Path(text.replace("\0", "")).expanduser()
+    except RuntimeError:  # "~name", and nobody has that name
+        return Path(text)
+
+
+def _cache_of(path: Path) -> Path:
+    """Where the cache of a saved conversation lies."""
+    return path.with_name(f"{path.name}.kv")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the conversation; an `argument` in brackets may be left out."""
+
+    argument: str
+    help: str
+    action: Callable[[Dialogue, str], None]
+
+    def takes(self, argument: str) -> bool:
+        """Whether it can be called with `argument`, "" being none."""
+        return bool(argument) == bool(self.argument) or (not argument and self.argument.startswith("["))
+
+
+COMMANDS = {
+    "help": Command("", "Show this.", Dialogue.help),
+    "clear": Command("", "Begin a new conversation; the system message stays.", Dialogue.clear),
+    "undo": Command("", "Take back the last message and its answer.", Dialogue.undo),
+    "regen": Command("", "Answer the last message anew.", Dialogue.say_again),
+    "file": Command("PATH", "Put a text file before the next message.", Dialogue.attach),
+    "system": Command("[TEXT]", "Set the system message, or remove it.", Dialogue.set_system),
+    "save": Command("FILE", "Save the conversation, and its cache in FILE.kv.", Dialogue.save),
+    "load": Command("FILE", "Go on with a saved conversation.", Dialogue.load),
+    "stats": Command("", "Show the cache, the last speeds and the memory.", Dialogue.stats),
+    "exit": Command("", "End; so does Ctrl-D.", Dialogue.end),
+}

@@ -1,0 +1,411 @@
+"""`sx-gguf chat` as a user meets it: on a pseudo-terminal whose screen is rendered, and in a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pyte
+import pytest
+from click.testing import CliRunner, Result
+from families import FAMILIES, write_family
+from helpers import SHAPES
+from selfextend_gguf.cli import main
+from selfextend_gguf.cli.chat import default_context
+
+from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.tiny.model_file import random_tensors, write_llama
+
+COMMAND = str(Path(sys.executable).with_name("sx-gguf"))
+MODEL = str(TINY_MODEL)
+FACT = "And it came to pass. The stone key is 57901."
+QUESTION = "What is the stone key? The stone key is "
+NO_TEMPLATE = "The model has no chat template: texts are continued as they are."
+
+
+def piped(*arguments: str, lines: str | bytes, model: str = MODEL) -> Result:
+    return CliRunner().invoke(main, ["chat", model, *arguments], input=lines)
+
+
+# ---- on a terminal -------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A program on a pseudo-terminal, and what its screen shows."""
+
+    def __init__(self, *arguments: str, columns: int = 160, rows: int = 30) -> None:
+        self.program = pexpect.spawn(
+            COMMAND,
+            list(arguments),
+            dimensions=(rows, columns),
+            env=dict(os.environ),  # without COLUMNS, which readline exports behind Python's back
+            encoding="utf-8",
+            timeout=30,
+        )
+        self.screen = pyte.Screen(columns, rows)
+        self.screen.write_process_input = self.program.send  # the terminal's answer to "where is the cursor?"
+        self.stream = pyte.Stream(self.screen)
+
+    def lines(self) -> list[str]:
+        return [line.rstrip() for line in self.screen.display if line.strip()]
+
+    def until(self, pattern: str, seconds: float = 30) -> list[str]:
+        """Wait for the screen's text to match."""
+        end = time.monotonic() + seconds
+        while not re.search(pattern, "\n".join(self.lines()), re.MULTILINE):
+            assert time.monotonic() < end, f"no {pattern!r} on the screen:\n" + "\n".join(self.lines())
+            self.read()
+        return self.lines()
+
+    def read(self, seconds: float = 0.5) -> None:
+        """Show what comes, waiting at most so long for the first of it."""
+        try:
+            for _ in range(100):  # an answer comes in single characters; looking at the screen takes longer
+                self.stream.feed(self.program.read_nonblocking(4096, timeout=seconds))
+                seconds = 0
+        except pexpect.TIMEOUT:
+            pass
+        except pexpect.EOF:
+            time.sleep(0.05)
+
+    def type(self, keys: str) -> None:
+        self.program.send(keys)
+
+    def enter(self, message: str) -> list[str]:
+        """Send a message or command and wait for the next prompt."""
+        self.type(message)
+        self.until(rf"^> {re.escape(message.rstrip())}\Z")
+        self.type("\r")
+        return self.until(r"^>\Z")
+
+    def exit_code(self) -> int:
+        while self.program.isalive():
+            self.read(0.1)
+        self.program.close()
+        return self.program.exitstatus
+
+
+@pytest.fixture
+def terminal(request):
+    def make(*arguments: str, **size: int) -> Terminal:
+        one = Terminal(*arguments, **size)
+        request.addfinalizer(lambda: one.program.close(force=True))
+        one.until(r"^>$")
+        return one
+
+    return make
+
+
+def test_a_conversation(terminal, tmp_path):
+    file = tmp_path / "c.json"
+    term = terminal("chat", MODEL, "-n", "5", "--temp", "0")
+    assert term.lines() == [
+        f"{TINY_MODEL.name}, context 1024 tokens (trained on 256). /help for help.",
+        NO_TEMPLATE,
+        ">",
+    ]
+    term.enter(FACT)
+    assert term.enter(QUESTION)[-3:] == ["> " + QUESTION.rstrip(), "57901", ">"]
+    assert term.enter("/undo")[-2:] == ["Taken back: What is the stone key? The stone key is", ">"]
+    assert term.enter(QUESTION)[-3:] == ["> " + QUESTION.rstrip(), "57901", ">"]
+    assert term.enter("/regen")[-3:] == ["> /regen", "57901", ">"]
+    assert term.enter("/what")[-2].startswith("Error: no command /what: see /help")
+    assert term.enter(f"/save {file}")[-2].endswith("4 messages saved.")
+    term.type("\x04")
+    assert term.exit_code() == 0
+    messages = json.loads(file.read_text())["messages"]
+    assert [m["content"] for m in messages[::2]] == [FACT, QUESTION]
+    assert messages[-1]["content"] == "57901"
+
+    # `run` without a prompt is a chat, with run's options.
+    term = terminal("run", MODEL, "-n", "5", "--temp", "0", "-c", "2048")
+    assert "context 2048 tokens" in term.lines()[0]
+    assert term.enter(f"/load {file}")[-2].endswith("4 messages loaded.")
+    # The last digit was sampled and not read; so what is new is that and the question.
+    assert term.enter(QUESTION)[-2] == "57901"
+    assert re.search(rf"read {len('1' + QUESTION)} tokens \(.*\), \d\d\d? were cached", "\n".join(term.enter("/stats")))
+    term.enter("/undo")
+    term.type("/exit\r")
+    assert term.exit_code() == 0
+
+
+def test_line_editing(terminal, tmp_path):
+    file = tmp_path / "c.json"
+    term = terminal("chat", MODEL, "-n", "1", "--temp", "0")
+    term.type("one\\\r")  # Enter after a backslash
+    term.until(r"^> one\n$|^> one$")
+    term.type("two\x1b\r")  # Alt-Enter
+    term.type("three\r")
+    term.until(r"^  two\n  three\n(.|\n)*^>$")
+    term.type("\x1b[200~pasted\r\n/help\r\ntext\x1b[201~")
+    term.until(r"^> pasted\n  /help\n  text$")
+    term.type("\r")
+    term.until(r"text\n(.|\n)*^>$")
+    term.type("never sent\x03")  # Ctrl-C clears the line
+    term.until(r"never sent(.|\n)*^>$")
+    term.type("\x1b[A")  # the last message again
+    term.until(r"^> pasted\n  /help\n  text\Z")
+    term.type("\x03")
+    term.until(r"text(.|\n)*^>$\Z")
+    term.enter("//slash")
+    term.enter(f"/save {file}")
+    term.type("\x04")
+    assert term.exit_code() == 0
+    messages = [m["content"] for m in json.loads(file.read_text())["messages"][::2]]
+    assert messages == ["one\ntwo\nthree", "pasted\n/help\ntext", "/slash"]
+
+
+def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
+    saved, book = tmp_path / "c.json", tmp_path / "book.txt"
+    book.write_text(heldout_text[:6000])
+    term = terminal("chat", MODEL, "-c", "8192", "-n", "2000", "--temp", "0.9")
+    term.type("In the beginning\r")
+    term.until(r"beginning\n(.+\n)+.+")
+    term.type("\x03")
+    term.until(r"^>\Z")
+    term.enter(f"/save {saved}")
+    message, answer = json.loads(saved.read_text())["messages"]
+    assert message["content"] == "In the beginning"
+    assert 0 < len(answer["content"]) < 2000
+
+    assert term.enter(f"/file {book}")[-2].endswith("6000 tokens, to be read before the next message.")
+    term.type("And so\r")
+    term.until(r"^Reading +\[#.*\d+ of 6\d\d\d tokens, \d+ tokens/s")
+    term.type("\x03")
+    line = term.until(r"^Interrupted after .*\n>\Z")[-2]
+    read, total = map(
+        int, re.fullmatch(r"Interrupted .* (\d+) of (\d+) tokens; the message is taken back.", line).groups()
+    )
+    assert 0 < read < total
+    term.enter(f"/save {saved}")
+    assert len(json.loads(saved.read_text())["messages"]) == 2
+
+    term.type("\x0c")  # an empty screen
+    term.until(r"\A>\Z")
+    term.type("And so\r")  # the file is still attached; its beginning is still in the cache
+    term.until(rf"^Reading .*of {total - read} tokens")
+    term.until(r"And so\n(?!Reading).+\n.+")
+    term.type("\x03")
+    lines = term.until(r"^>\Z")
+    assert not [line for line in lines if line.startswith("Reading")]  # the bar is gone when the answer begins
+    term.enter(f"/save {saved}")
+    messages = json.loads(saved.read_text())["messages"]
+    assert messages[2]["content"] == heldout_text[:6000].rstrip() + "\n\nAnd so"
+    assert len(messages) == 4
+    term.type("\x04")
+    assert term.exit_code() == 0
+
+
+def test_the_bar_fits_a_narrow_terminal(terminal, tmp_path, heldout_text):
+    book = tmp_path / "book.txt"
+    book.write_text(heldout_text[:6000])
+    term = terminal("chat", MODEL, "-c", "8192", "-n", "1", "--temp", "0", columns=70)
+    term.type(f"/file {book}\r")
+    term.until(r"next message(.|\n)*^>\Z")
+    term.type("\x0cAnd so\r")
+    lines = term.until(r"^Reading .*\d+ of 6\d\d\d tokens, \d+ tokens/s$")
+    assert [line for line in lines if line.startswith("Reading")] == lines[1:]  # one line, drawn over itself
+    term.until(r"^> And so\n(?!Reading).+\n>\Z")
+
+
+def test_run_without_a_prompt_asks_for_one_where_no_chat_is_possible():
+    program = pexpect.spawn(COMMAND, ["run", MODEL, "--json"], encoding="utf-8", timeout=30)
+    program.expect(pexpect.EOF)
+    program.close()
+    assert program.exitstatus == 2
+    assert "Error: no prompt: give it as an argument" in program.before
+
+
+# ---- in a pipe -----------------------------------------------------------------------------------------------
+
+
+def test_each_line_is_a_message():
+    result = piped("-n", "5", "--temp", "0", lines=f"{FACT}\n{QUESTION}\n/undo\n{QUESTION}\n/regen\n")
+    first = piped("-n", "5", "--temp", "0", lines=f"{FACT}\n").stdout
+    assert result.exit_code == 0
+    assert len(first) == 6
+    assert result.stdout == first + "57901\n57901\n57901\n"
+    assert result.stderr.splitlines() == [NO_TEMPLATE, "Taken back: What is the stone key? The stone key is"]
+
+
+def test_in_a_process_of_its_own():
+    """llama.cpp writes to file descriptors; no terminal's escape sequences may come through."""
+    done = subprocess.run(
+        [COMMAND, "chat", MODEL, "-n", "5", "--temp", "0", "--raw"],
+        input=f"{FACT}\\\n{QUESTION}",  # goes on in the next line, and no line break at the end
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "57901\n", "")
+
+
+def test_ctrl_c_in_a_pipe_ends_the_chat_and_keeps_the_text_so_far():
+    process = subprocess.Popen(
+        [COMMAND, "chat", MODEL, "--raw", "-c", "8192", "-n", "8000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b"In the beginning\nnever answered\n")
+    process.stdin.flush()
+    first = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(first) == 20
+    assert rest.endswith(b"\n")
+    assert error == b"Interrupted.\n"
+
+
+@pytest.mark.parametrize("lines", ["", "\n", "   \n\n"])
+def test_nothing_to_say(lines):
+    result = piped(lines=lines)
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
+def test_the_end_of_input_is_not_needed():
+    assert piped("-n", "5", "--temp", "0", lines=f"/exit\n{FACT}\n").stdout == ""
+
+
+def test_a_file_before_a_message(tmp_path, heldout_text):
+    file = tmp_path / "text.txt"
+    file.write_text(heldout_text[:300] + f"\n{FACT}\n{heldout_text[300:500]}\n\n\n")
+    lines = f"/file {file}\n{QUESTION}\n/undo\n/stats\n"
+    result = piped("-n", "5", "--temp", "0", lines=lines)
+    assert result.stdout == "57901\n"
+    assert f"{file}: {file.stat().st_size} tokens, to be read before the next message." in result.stderr
+    assert f"read {len(file.read_text().rstrip() + QUESTION) + 2} tokens" in result.stderr
+    assert piped("-n", "5", "--temp", "0", "-f", str(file), lines=QUESTION).stdout == "57901\n"
+
+
+def test_commands_report_mistakes_in_a_line(tmp_path):
+    latin = tmp_path / "latin1.txt"
+    latin.write_bytes(b"caf\xe9")
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    mistakes = {
+        "/nonsense": "no command /nonsense: see /help, or begin a message with // for a slash",
+        "/": "no command /: see /help, or begin a message with // for a slash",
+        "/undo": "there is nothing to take back",
+        "/regen": "there is no message to answer",
+        "/undo 3": "usage: /undo",
+        "/file": "usage: /file PATH",
+        "/file no-such-file": "[Errno 2] No such file or directory: 'no-such-file'",
+        "/file ~nobody-of-that-name/x": "[Errno 2] No such file or directory: '~nobody-of-that-name/x'",
+        f"/file {latin}": f"{latin} is not UTF-8 text: invalid byte at offset 3",
+        f"/load {bad}": f"{bad} is no saved conversation: there is no list of messages",
+        "/save": "usage: /save FILE",
+        f"/save {tmp_path}/none/c.json": f"[Errno 2] No such file or directory: '{tmp_path}/none/c.json'",
+        "x" * 1100: "Requested tokens (1100) exceed context window of 1024: /undo, /clear or a larger --ctx make room",
+    }
+    result = piped("-n", "5", "--temp", "0", lines="\n".join([*mistakes, FACT, QUESTION]))
+    assert result.exit_code == 0
+    assert result.stdout.endswith("\n57901\n")
+    assert result.stdout.count("\n") == 2
+    assert result.stderr.splitlines() == [NO_TEMPLATE, *(f"Error: {m}" for m in mistakes.values())]
+
+
+def test_a_line_that_is_not_utf8_is_left_out():
+    result = piped("-n", "5", "--temp", "0", lines=FACT.encode() + b"\n\xff\xfe\n" + QUESTION.encode())
+    assert result.exit_code == 0
+    assert result.stdout.endswith("\n57901\n")
+    assert "Error: line 2 is not UTF-8 text: invalid byte at offset 0" in result.stderr
+
+
+def test_save_and_load(tmp_path):
+    file = tmp_path / "c.json"
+    piped("-n", "5", "--temp", "0", lines=f"{FACT}\n/save {file}\n")
+    lines = f"/load {file}\n{QUESTION}\n/stats\n"
+    result = piped("-n", "5", "--temp", "0", lines=lines)
+    assert result.stdout == "57901\n"
+    assert f"read {len('x' + QUESTION)} tokens" in result.stderr
+
+    cache = tmp_path / "c.json.kv"
+    for damage in (lambda: cache.write_bytes(cache.read_bytes()[:1000]), cache.unlink):
+        damage()
+        result = piped("-n", "5", "--temp", "0", lines=lines)
+        assert result.stdout == "57901\n"
+        warnings = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+        assert len(warnings) == 1
+        assert warnings[0].endswith(": the text is read again at the next message.")
+        assert f"read {len(FACT + QUESTION) + 5} tokens" in result.stderr
+
+
+def test_clear_and_system(tmp_path):
+    file = tmp_path / "c.json"
+    result = piped("-n", "5", lines=f"{FACT}\n/system A tale.\n/clear\nhello\n/save {file}\n/system\n/save {file}.2\n")
+    assert result.exit_code == 0, result.stderr
+    saved = json.loads(file.read_text())
+    assert saved["system"] == "A tale."
+    assert [m["content"] for m in saved["messages"][::2]] == ["hello"]
+    assert json.loads(Path(f"{file}.2").read_text())["system"] is None
+
+
+def test_help_names_every_command():
+    from selfextend_gguf.cli.chat import COMMANDS
+
+    lines = piped(lines="/help").stderr.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("/")] == [f"/{name}" for name in COMMANDS]
+
+
+def test_a_seed_makes_a_conversation_and_not_each_answer():
+    lines = "In the beginning\n/regen\n"
+    answers = [piped("-n", "40", "--temp", "1.5", "--seed", seed, lines=lines).stdout for seed in ("1", "1", "2")]
+    assert answers[0] == answers[1] != answers[2]
+    model, again = answers[0].rstrip("\n")[:30], answers[0].rstrip("\n")[-30:]
+    assert model != again
+
+
+def test_an_answer_that_is_cut_says_so(tmp_path):
+    path = tmp_path / "chat.gguf"
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    write_llama(path, SHAPES["norm-32"], random_tensors(SHAPES["norm-32"], 1), chat_template=template)
+    result = piped("-n", "4", "--temp", "0", lines="hello", model=str(path))
+    assert result.stderr == "The answer was cut after 4 tokens (-n).\n"
+    result = piped("-n", "400", "--temp", "0", "-c", "256", lines="x" * 200, model=str(path))
+    assert result.stderr == "The context is full: /undo, /clear or a larger --ctx make room.\n"
+
+
+# ---- the context ---------------------------------------------------------------------------------------------
+
+
+def test_the_default_context():
+    nothing = dict.fromkeys(("group_size", "neighbor_window", "max_distance", "block_size", "schedule"))
+    assert default_context(4096, nothing) == 4 * 4096
+    assert default_context(256, nothing) == 1024
+    # A group size of 2 reaches D + D - W - n_batch - block + 1 = 256 + 256 - 64 - 32 - 64 + 1 = 353 tokens: within the
+    # 256 tokens trained on when rounded down to llama.cpp's multiple.
+    assert default_context(256, nothing | {"group_size": 2}) == 256
+    assert default_context(256, nothing | {"group_size": 6}) == 512
+    assert default_context(256, nothing | {"schedule": "rerope"}) == 1024
+    with pytest.raises(ConfigError, match="neighbor_window must be between"):
+        default_context(256, nothing | {"neighbor_window": 1000})
+
+
+def test_a_model_that_cannot_be_extended_talks_within_its_trained_context(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_family(FAMILIES["hunyuan-dense"], path)
+    result = piped("-n", "2", "--temp", "0", "--raw", lines="hello\n/stats\n", model=str(path))
+    assert result.exit_code == 0
+    assert "The context is the trained one, 64 tokens: layer 0 passes its rotated keys through MUL" in result.stderr
+    assert "Self-Extend  not needed" in result.stderr
+    assert len(result.stdout) > 1
+    refused = piped("-c", "512", lines="hello\n", model=str(path))
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("Error: layer 0 passes its rotated keys through MUL")
+
+
+def test_numbers_are_checked_at_the_start():
+    result = piped("-c", "1000000", lines="hello")
+    assert result.exit_code == 1
+    assert "beyond the reach of Self-Extend" in result.stderr
+    assert piped("-gaw", "1000", lines="hello").exit_code == 1
