@@ -11,6 +11,7 @@ import llama_cpp._internals as internals
 from llama_cpp._logger import logger, set_verbose
 
 from selfextend_gguf._native import EVAL_CALLBACK, Engine
+from selfextend_gguf.config import longest_context
 from selfextend_gguf.errors import ModelFileError, UnsupportedModelError
 from selfextend_gguf.kv_cache import kv_cache_bytes
 
@@ -171,3 +172,9 @@ class ModelInfo:
         finally:
             model.close()  # frees the context first
             engine.close()
+
+
+def default_context(info: ModelInfo) -> int:
+    """Context in tokens for who asks for none: 4 trained contexts, or the longest that is reached if that is less."""
+    longest = longest_context(info.n_ctx_train) // 256 * 256  # llama.cpp rounds up to this multiple
+    return max(info.n_ctx_train, min(4 * info.n_ctx_train, longest))

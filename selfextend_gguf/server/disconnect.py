@@ -1,0 +1,66 @@
+"""Stopping the work for clients that have left, and everybody's when the server ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextvars import ContextVar
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from selfextend_gguf.errors import RequestStoppedError
+
+# Set per request; worker threads see the value of the request they work for.
+_client_left: ContextVar[asyncio.Event] = ContextVar("client_left")
+#: Set when the server is to end.
+server_ends = threading.Event()
+
+
+def stop_if_unwanted(*_: int) -> None:
+    """Raise RequestStoppedError when nobody waits for the running request; a `Llama.progress`, called in its thread."""
+    left = _client_left.get(None)
+    if server_ends.is_set() or (left is not None and left.is_set()):
+        raise RequestStoppedError("the client has left, or the server ends")
+
+
+class DisconnectWatcher:
+    """ASGI middleware that notices a client's leaving whatever the application is doing meanwhile.
+
+    llama-cpp-python's server looks before it generates, and in a stream between tokens, but not while a prompt is
+    read nor while an answer is generated that is not streamed.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        left = asyncio.Event()
+        listening: asyncio.Task[None] | None = None
+
+        async def listen() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+
+        async def receive_body_then_disconnect() -> Message:
+            nonlocal listening
+            if listening is None:
+                message = await receive()
+                if message["type"] == "http.request" and not message.get("more_body", False):
+                    listening = asyncio.create_task(listen())
+                return message
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        _client_left.set(left)
+        try:
+            await self.app(scope, receive_body_then_disconnect, send)
+        except Exception:
+            if not left.is_set():
+                raise
+        finally:
+            if listening is not None:
+                listening.cancel()
