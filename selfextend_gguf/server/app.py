@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import MutableMapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -24,9 +24,9 @@ from selfextend_gguf.errors import (
     SelfExtendError,
     UnknownModelError,
 )
-from selfextend_gguf.server.disconnect import DisconnectWatcher
 from selfextend_gguf.server.models import OneModelAtATime
 from selfextend_gguf.server.requests import ChatRequest, CompletionRequest, check_request
+from selfextend_gguf.server.work import DisconnectWatcher, Work, current_work
 
 log = logging.getLogger("uvicorn.error")
 
@@ -59,6 +59,8 @@ def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
         message = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "json_invalid":
             message = f"the body is not JSON: {first['ctx']['error']}"
+        elif first["type"] == "extra_forbidden":
+            message = "unknown parameter"
         return 400, error_body(400, ": ".join([*place[:1], message]), param=".".join(place) or None)
     for kind, (status, code) in _REQUEST_ERRORS.items():
         if isinstance(error, kind):
@@ -75,27 +77,45 @@ class ErrorReporter:
         self.verbose = verbose
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = ended = False
+        began = False
+        last: Message | None = None  # held back: a stream whose generation fails ends before the failure is known
 
         async def watched_send(message: Message) -> None:
-            nonlocal began, ended
+            nonlocal began, last
             began = True
-            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                last = message
+            else:
+                await send(message)
 
         try:
             await self.app(scope, receive, watched_send)
         except Exception as error:
             status, body = describe_error(error)
             if status == 500:
-                log.error(
-                    "%s", "".join(traceback.format_exception(error)) if self.verbose else body["error"]["message"]
-                )
+                log.error("%s", body["error"]["message"], exc_info=error if self.verbose else None)
             if not began:
                 await JSONResponse(body, status)(scope, receive, send)
-            elif not ended:
-                event = f"data: {json.dumps(body)}\n\n".encode()
-                await send({"type": "http.response.body", "body": event, "more_body": False})
+                return
+            last = {"type": "http.response.body", "body": f"data: {json.dumps(body)}\n\n".encode()}
+        if last is not None:
+            await send(last)
+
+
+async def with_usage(events: AsyncIterable[Any], n_prompt: int, work: Work) -> AsyncIterator[Any]:
+    """A stream's events, with the numbers of tokens before its end."""
+    chunk: dict[str, Any] = {}
+    async for event in events:
+        if event["data"] == "[DONE]":
+            usage = {
+                "prompt_tokens": n_prompt,
+                "completion_tokens": work.n_generated,
+                "total_tokens": n_prompt + work.n_generated,
+            }
+            yield {"data": json.dumps(chunk | {"choices": [], "usage": usage})}
+        else:
+            chunk = json.loads(event["data"])
+        yield event
 
 
 def create_app(models: OneModelAtATime, settings: ServerSettings, *, verbose: bool = False) -> FastAPI:
@@ -120,19 +140,22 @@ def create_app(models: OneModelAtATime, settings: ServerSettings, *, verbose: bo
         app.add_exception_handler(kind, report)
     app.add_middleware(ErrorReporter, verbose=verbose)
 
-    async def checked(body: CompletionRequest | ChatRequest) -> Any:
+    async def complete(endpoint: Callable[..., Any], request: Request, body: CompletionRequest | ChatRequest) -> Any:
         model = models.find(body.model)
         body.model = model.alias
-        await run_in_threadpool(check_request, body, model)
-        return body
+        n_prompt = await run_in_threadpool(check_request, body, model)
+        response = await endpoint(request, body)
+        if body.stream and body.wants_usage:
+            response.body_iterator = with_usage(response.body_iterator, n_prompt, current_work())
+        return response
 
     @app.post("/v1/completions", dependencies=with_key, response_model=None)
     async def completions(request: Request, body: CompletionRequest) -> Any:
-        return await theirs.create_completion(request, await checked(body))
+        return await complete(theirs.create_completion, request, body)
 
     @app.post("/v1/chat/completions", dependencies=with_key, response_model=None)
     async def chat_completions(request: Request, body: ChatRequest) -> Any:
-        return await theirs.create_chat_completion(request, await checked(body))
+        return await complete(theirs.create_chat_completion, request, body)
 
     @app.get("/v1/models", dependencies=with_key)
     async def list_models() -> dict[str, Any]:
@@ -143,7 +166,7 @@ def create_app(models: OneModelAtATime, settings: ServerSettings, *, verbose: bo
         return models.find(name).describe()
 
     @app.get("/health")
-    async def health() -> MutableMapping[str, Any]:
+    async def health() -> dict[str, Any]:
         return {"status": "ok", "busy": theirs.llama_inner_lock.locked()}
 
     return app

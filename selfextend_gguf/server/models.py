@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from selfextend_gguf.config import plan
@@ -14,7 +15,7 @@ from selfextend_gguf.errors import UnknownModelError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo, default_context
 from selfextend_gguf.prompt import chat_formatter
-from selfextend_gguf.server.disconnect import stop_if_unwanted
+from selfextend_gguf.server.work import current_work, stop_if_unwanted
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ServedModel:
     def load(self) -> Llama:
         """Load the model. Raises what `Llama` raises."""
         handler = self.formatter.to_chat_handler() if self.formatter else None
-        llm = Llama(str(self.info.path), n_ctx=self.n_ctx, chat_handler=handler, **self.arguments)
+        llm = CountingLlama(str(self.info.path), n_ctx=self.n_ctx, chat_handler=handler, **self.arguments)
         llm.progress = stop_if_unwanted
         return llm
 
@@ -57,6 +58,16 @@ class ServedModel:
         }
 
 
+class CountingLlama(Llama):
+    """Counts the tokens of an answer, which streams do not tell."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Iterator[int]:  # type: ignore[override]
+        """Tokens, as the parent generates them."""
+        for token in super().generate(*args, **kwargs):
+            current_work().n_generated += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+            yield token
+
+
 class OneModelAtATime:
     """What llama-cpp-python's server asks for its model, in place of its `LlamaProxy`.
 
@@ -69,7 +80,7 @@ class OneModelAtATime:
         self._default = models[0].alias
         self._alias: str | None = None
         self._llm: Llama | None = None
-        self(self._default)
+        self._load(models[0])
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
@@ -86,9 +97,12 @@ class OneModelAtATime:
         stop_if_unwanted()  # the client may have left while it waited
         model = self.find(name)
         if self._llm is None or self._alias != model.alias:
-            self.close()
-            self._llm, self._alias = model.load(), model.alias
+            self._load(model)
         return self._llm
+
+    def _load(self, model: ServedModel) -> None:
+        self.close()
+        self._llm, self._alias = model.load(), model.alias
 
     def close(self) -> None:
         """Free the loaded model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 import jinja2
@@ -18,6 +19,14 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
+class StreamOptions(BaseModel):
+    """What a stream contains beside the answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
 class Request(BaseModel):
     """What completion and chat requests have in common. Raises pydantic's ValidationError."""
 
@@ -29,6 +38,7 @@ class Request(BaseModel):
     repeat_penalty: float = Field(1.0, gt=0, le=10)  # theirs is 1.1, which keeps models from copying numbers
     stop: Text | list[Text] | None = None
     logit_bias: dict[str, Bias] | None = None
+    stream_options: StreamOptions | None = Field(None, exclude=True)
     # Without an effect on the answer.
     metadata: Any = Field(None, exclude=True)
     store: Any = Field(None, exclude=True)
@@ -40,8 +50,14 @@ class Request(BaseModel):
     @classmethod
     def _null_is_default(cls, values: Any) -> Any:
         if not isinstance(values, dict):
-            raise ValueError("the body must be a JSON object")
+            raise ValueError("the body must be a JSON object, sent with Content-Type: application/json")
+        json.dumps(values, ensure_ascii=False).encode()  # a ValueError for halves of characters (surrogates)
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @model_validator(mode="after")
     def _refuse_what_would_be_ignored(self) -> Request:
@@ -191,8 +207,8 @@ def _name(tool: Any) -> Any:
     return tool.get("function", {}).get("name") if isinstance(tool, dict) else None
 
 
-def check_request(body: CompletionRequest | ChatRequest, model: ServedModel) -> None:
-    """Check what depends on the model, before the request waits for its turn.
+def check_request(body: CompletionRequest | ChatRequest, model: ServedModel) -> int:
+    """Check what depends on the model, before the request waits for its turn; the number of tokens of the prompt.
 
     Raises ContextFullError, GrammarError or ConfigError.
     """
@@ -214,3 +230,4 @@ def check_request(body: CompletionRequest | ChatRequest, model: ServedModel) -> 
             f"this model's maximum context length is {model.n_ctx} tokens, however you requested {n_prompt + n_answer} "
             f"({n_prompt} in the prompt, {n_answer} for the completion); reduce the prompt or max_tokens"
         )
+    return n_prompt

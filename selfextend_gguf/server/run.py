@@ -9,7 +9,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from selfextend_gguf.server.disconnect import server_ends
+from selfextend_gguf.server.work import server_ends
 
 
 class Server(uvicorn.Server):

@@ -1,25 +1,39 @@
-"""Stopping the work for clients that have left, and everybody's when the server ends."""
+"""The work on a request, stopped when its client leaves or the server ends."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfextend_gguf.errors import RequestStoppedError
 
-# Set per request; worker threads see the value of the request they work for.
-_client_left: ContextVar[asyncio.Event] = ContextVar("client_left")
+
+@dataclass
+class Work:
+    """What is known of the work on one request."""
+
+    client_left: asyncio.Event = field(default_factory=asyncio.Event)
+    n_generated: int = 0  #: tokens
+
+
+# Set for each request; a worker thread sees that of the request it works for.
+_work: ContextVar[Work] = ContextVar("work")
 #: Set when the server is to end.
 server_ends = threading.Event()
 
 
+def current_work() -> Work:
+    """The work that is being done."""
+    return _work.get()
+
+
 def stop_if_unwanted(*_: int) -> None:
-    """Raise RequestStoppedError when nobody waits for the running request; a `Llama.progress`, called in its thread."""
-    left = _client_left.get(None)
-    if server_ends.is_set() or (left is not None and left.is_set()):
+    """Raise RequestStoppedError when nobody waits for the answer; as `Llama.progress`, after each decode."""
+    if server_ends.is_set() or current_work().client_left.is_set():
         raise RequestStoppedError("the client has left, or the server ends")
 
 
@@ -37,7 +51,8 @@ class DisconnectWatcher:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        left = asyncio.Event()
+        work = Work()
+        left = work.client_left
         listening: asyncio.Task[None] | None = None
 
         async def listen() -> None:
@@ -55,7 +70,7 @@ class DisconnectWatcher:
             await left.wait()
             return {"type": "http.disconnect"}
 
-        _client_left.set(left)
+        _work.set(work)
         try:
             await self.app(scope, receive_body_then_disconnect, send)
         except Exception:
