@@ -98,6 +98,7 @@ class OneModelAtATime:
         model = self.find(name)
         if self._llm is None or self._alias != model.alias:
             self._load(model)
+        self._llm.reset()  # until kept states are attached: what rolls keys back can round answers differently
         return self._llm
 
     def _load(self, model: ServedModel) -> None:
