@@ -6,6 +6,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import jinja2
+from llama_cpp.llama_types import ChatCompletionRequestMessage
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -105,6 +106,7 @@ class CompletionRequest(Request, CreateCompletionRequest):
 class ChatRequest(Request, CreateChatCompletionRequest):
     """A body of /v1/chat/completions."""
 
+    messages: list[ChatCompletionRequestMessage] = Field(min_length=1)
     # One call at most is made.
     parallel_tool_calls: bool | None = Field(None, exclude=True)
 

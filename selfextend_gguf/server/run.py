@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from types import FrameType
@@ -26,7 +27,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # Python adds to it
+        raise OSError(f"cannot listen on {host}:{port}: {reason}") from error
 
 
 def run(app: FastAPI, listener: socket.socket, *, verbose: bool = False) -> None:
