@@ -17,6 +17,8 @@ from selfextend_gguf.errors import GrammarError
 # llama.cpp's parser recurses into parentheses: some thousands overflow a thread's stack.
 _DEEPEST = 256
 _LITERAL = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*')
+# llama-cpp-python writes repetitions out: a billion would take all memory.
+_MANY = re.compile(r'"(?:min|max)(?:Items|Length)": \d{5,}|\{(?:\d*,)?\d{5,}[,}]')
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -38,8 +40,11 @@ def check_grammar(vocab: ctypes.c_void_p, grammar: str, root: str = "root") -> N
 
 def schema_grammar(schema: Any) -> str:
     """The grammar of a JSON schema, given as an object. Raises GrammarError for what cannot be expressed."""
+    text = json.dumps(schema)
+    if _MANY.search(text):
+        raise GrammarError("the JSON schema asks for 10000 repetitions or more, which is too many for a grammar")
     try:
-        return json_schema_to_gbnf(json.dumps(schema))
+        return json_schema_to_gbnf(text)
     except (Exception, RecursionError) as error:  # it fails in any way on what it does not expect
         raise GrammarError(f"the JSON schema cannot be made a grammar: {error or type(error).__name__}") from error
 

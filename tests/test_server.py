@@ -291,6 +291,7 @@ CHAT = {"model": "chat", "messages": [{"role": "user", "content": "Say"}]}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 TOOL_RESULT = {"role": "tool", "content": "a", "tool_call_id": "b"}
 BAD_SCHEMA = {"type": "json_object", "schema": {"type": "foo"}}
+HUGE_SCHEMA = {"type": "json_object", "schema": {"type": "array", "minItems": 10**9, "items": {"type": "null"}}}
 OTHER = {"type": "function", "function": {"name": "x"}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
@@ -320,6 +321,7 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
         ("completions", {"prompt": "a", "n": 2}, 400, "n: Input should be 1"),
         ("completions", {"prompt": "a", "best_of": 3}, 400, "best_of: Input should be 1"),
         ("completions", {"prompt": "a", "logprobs": 2}, 400, "logprobs are not supported"),
+        ("completions", {"prompt": "a", "logprobs": 0}, 400, "logprobs are not supported"),
         ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
         ("completions", {"prompt": "a", "echo": True, "stream": True}, 400, "echo and stream"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, "stop: "),
@@ -350,6 +352,7 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
         ("chat/completions", CHAT | {"tools": [TOOL], "tool_choice": OTHER}, 400, "'x', which is not among"),
         ("chat/completions", CHAT | {"tools": [TOOL], "tool_choice": NAMED, "grammar": "a"}, 400, "only one of"),
         ("chat/completions", CHAT | {"response_format": BAD_SCHEMA}, 400, "the JSON schema cannot be made a grammar"),
+        ("chat/completions", CHAT | {"response_format": HUGE_SCHEMA}, 400, "too many for a grammar"),
         ("chat/completions", CHAT | {"response_format": {"type": "json_schema"}}, 400, "schema is missing"),
     ],
 )  # fmt: skip
