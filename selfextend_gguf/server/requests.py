@@ -62,7 +62,7 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_what_would_be_ignored(self) -> Request:
-        if self.logprobs not in (None, False):  # 0 stands for the likeliest token's
+        if self.logprobs is not None and self.logprobs is not False:  # 0 stands for the likeliest token's
             raise ValueError("logprobs are not supported: the server does not keep the logits of all tokens")
         if self.logit_bias and self.min_tokens:
             raise ValueError("logit_bias and min_tokens cannot be combined")
