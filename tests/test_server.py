@@ -407,7 +407,7 @@ def here():
     """A server in this process, where it can be seen how far the model has got: (URL, models)."""
     nothing = {"group_size": None, "neighbor_window": None, "max_distance": None, "block_size": None, "schedule": None}
     arguments = nothing | {"verbose": False}
-    models = OneModelAtATime([ServedModel.from_file(TINY_MODEL, "tiny", 16384, arguments)])
+    models = OneModelAtATime([ServedModel.from_file(TINY_MODEL, name, 16384, arguments) for name in ("tiny", "other")])
     app = create_app(models, ServerSettings(interrupt_requests=False))
     uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -479,9 +479,10 @@ def test_a_client_that_leaves_the_queue_is_never_served(here, heldout_text, stre
     models._llm.reset()
     with left_request(url, {"prompt": heldout_text[:16000], "max_tokens": 5}):
         wait_for(lambda: models._llm.n_tokens > 200)
-        with left_request(url, {"prompt": "Never read", "max_tokens": 5, "stream": stream}):
+        with left_request(url, {"model": "other", "prompt": "Never read", "max_tokens": 5, "stream": stream}):
             time.sleep(0.2)
     wait_for(lambda: not busy(url))
+    assert models._alias == "tiny"  # the other one was not even loaded
     assert bytes(models._llm.input_ids[:10].astype(np.uint8)) == heldout_text[:10].encode()
     check_next_answer(url)
 
