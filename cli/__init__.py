@@ -10,6 +10,7 @@ from selfextend_gguf.cli.errors import ErrorHandlingGroup
 from selfextend_gguf.cli.evaluate import evaluate
 from selfextend_gguf.cli.info import info
 from selfextend_gguf.cli.run import run
+from selfextend_gguf.cli.serve import serve
 from selfextend_gguf.cli.tune import tune
 
 from selfextend_gguf import __version__
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (run, chat, info, demo, bench, evaluate, tune):
+for command in (run, chat, serve, info, demo, bench, evaluate, tune):
     main.add_command(command)

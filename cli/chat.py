@@ -34,10 +34,9 @@ from selfextend_gguf.cli.progress import reading_bar
 from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
 from selfextend_gguf.cli.texts import before_question, read_text
 
-from selfextend_gguf.config import longest_context, plan
+from selfextend_gguf.config import TIMES_TRAINED, default_context
 from selfextend_gguf.conversation import Conversation
 from selfextend_gguf.errors import (
-    ConfigError,
     ContextFullError,
     ConversationError,
     PromptCacheError,
@@ -48,8 +47,6 @@ from selfextend_gguf.generate import Piece, Timings
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 
-TIMES_TRAINED = 4  # the context where none is asked for, in trained contexts
-_CELL_MULTIPLE = 256  # llama.cpp rounds contexts up to it
 _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 
 
@@ -121,7 +118,7 @@ def note(text: str) -> None:
 def open_llama(info: ModelInfo, ctx: int | None, cache: PromptCacheFile, **arguments: Any) -> Llama:
     """Load the model; without `ctx`, for as long a text as makes sense, and as the prompt cache needs."""
     parameters = {name: arguments[name] for name in SELF_EXTEND_PARAMETERS}
-    n_ctx = ctx or cache.context_for(default_context(info.n_ctx_train, parameters), [])
+    n_ctx = ctx or cache.context_for(default_context(info.n_ctx_train, **parameters), [])
     try:
         return Llama(str(info.path), n_ctx=n_ctx, **arguments)
     except UnsupportedModelError as error:
@@ -129,17 +126,6 @@ def open_llama(info: ModelInfo, ctx: int | None, cache: PromptCacheFile, **argum
             raise
         note(f"The context is the trained one, {info.n_ctx_train} tokens: {error}")
         return Llama(str(info.path), n_ctx=info.n_ctx_train, **arguments)
-
-
-def default_context(n_ctx_train: int, parameters: dict[str, Any]) -> int:
-    """TIMES_TRAINED trained contexts, or what the parameters reach if that is less, in tokens."""
-    wanted = -(-TIMES_TRAINED * n_ctx_train // _CELL_MULTIPLE) * _CELL_MULTIPLE
-    try:
-        plan(n_ctx_train, wanted, **parameters)
-        return wanted
-    except ConfigError:
-        reached = longest_context(n_ctx_train, **parameters)  # raises if something else is wrong
-        return max(n_ctx_train, reached // _CELL_MULTIPLE * _CELL_MULTIPLE)
 
 
 def hold(dialogue: Dialogue, is_terminal: bool, *, verbose: bool) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.schedule import LONGEST, RULES, Schedule
 
+TIMES_TRAINED = 4  #: the context where none is asked for, in trained contexts
+_CELL_MULTIPLE = 256  # llama.cpp rounds contexts up to it
 SCHEDULES = tuple(RULES)  #: names, in the order of `enum sx_schedule`
 
 
@@ -186,3 +188,15 @@ def longest_context(n_ctx_train: int, **parameters: Any) -> int:
     if parameters.get("max_distance") is None and len(distances := rule.default_distances(n_ctx_train)) > 1:
         parameters["max_distance"] = distances[-1]
     return plan(n_ctx_train, n_ctx_train + 1, **parameters).longest_context
+
+
+def default_context(n_ctx_train: int, **parameters: Any) -> int:
+    """Context in tokens for who asks for none: TIMES_TRAINED trained contexts, or what parameters of `plan` reach if
+    that is less. Raises ConfigError as `plan` does."""
+    wanted = -(-TIMES_TRAINED * n_ctx_train // _CELL_MULTIPLE) * _CELL_MULTIPLE
+    try:
+        plan(n_ctx_train, wanted, **parameters)
+        return wanted
+    except ConfigError:
+        reached = longest_context(n_ctx_train, **parameters)  # raises if something else is wrong
+        return max(n_ctx_train, reached // _CELL_MULTIPLE * _CELL_MULTIPLE)

@@ -27,6 +27,10 @@ class ContextFullError(SelfExtendError, ValueError):
     """More tokens than the context holds."""
 
 
+class GrammarError(SelfExtendError, ValueError):
+    """A grammar or JSON schema that llama.cpp cannot parse, or that allows no token to go on with."""
+
+
 class NotEnoughMemoryError(SelfExtendError, MemoryError):
     """A model and a context that do not fit the memory; the message names options that would."""
 
@@ -53,6 +57,14 @@ class EngineError(SelfExtendError, RuntimeError):
 
 class NativeLibraryError(SelfExtendError, ImportError):
     """The compiled library is missing or was built against another llama-cpp-python."""
+
+
+class UnknownModelError(SelfExtendError, LookupError):
+    """A server was asked for a model that it does not have."""
+
+
+class RequestStoppedError(SelfExtendError):
+    """A server's work on a request that nobody waits for any more was stopped."""
 
 
 class KeyPrecisionWarning(UserWarning):

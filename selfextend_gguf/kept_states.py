@@ -78,8 +78,9 @@ class KeptStates:
         config = llm.self_extend
         live = llm.saved_prompt()
         usable = _usable(config, live, tokens)
-        best = max(self._kept, key=lambda kept: _usable(config, kept.saved, tokens), default=None)
-        known = max(kept.common_prefix(tokens) for kept in (live, *(kept.saved for kept in self._kept)))
+        ours = [kept for kept in self._kept if kept.saved.made_by == live.made_by]  # a folder may serve several models
+        best = max(ours, key=lambda kept: _usable(config, kept.saved, tokens), default=None)
+        known = max(kept.common_prefix(tokens) for kept in (live, *(kept.saved for kept in ours)))
         if best is not None and _usable(config, best.saved, tokens) <= usable:
             best = None
         if live.common_prefix(tokens) < len(live.tokens) // 2:

@@ -39,6 +39,7 @@ from selfextend_gguf.errors import (
     UnknownArgumentError,
     UnsupportedModelError,
 )
+from selfextend_gguf.grammar import GrammarSampler, check_grammar
 from selfextend_gguf.kept_states import KeptStates
 from selfextend_gguf.kv_cache import KV_TYPES, SAFE_REWRITES, is_quantised, type_name
 from selfextend_gguf.memory import Demand, check_memory, weights_bytes
@@ -305,6 +306,13 @@ class Llama(llama_cpp.Llama):
             self.scores[begin:end] = np.ctypeslib.as_array(self._ctx.get_logits(), shape=shape)
         self.n_tokens = end
         self._requires_eval = False
+
+    def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
+        """Raises GrammarError for a grammar that would end the process."""
+        if grammar is None:
+            return super()._init_sampler(*args, **kwargs)
+        check_grammar(self._model.vocab, grammar._grammar, grammar._root)
+        return GrammarSampler(super()._init_sampler(*args, grammar=grammar, **kwargs), self._n_vocab)
 
     # ---- Self-Extend's own -----------------------------------------------------------------------------------
 

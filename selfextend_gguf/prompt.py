@@ -37,28 +37,39 @@ def render_raw(info: ModelInfo, messages: Sequence[Message]) -> Rendering:
     return Rendering("".join(texts), add_bos=info.model.add_bos_token())
 
 
-def render_chat(info: ModelInfo, messages: Sequence[Message]) -> Rendering:
-    """The messages in the model's own chat template, up to where the answer begins.
-
-    Raises ConfigError when the model has no template or its template fails.
-    """
-    template = info.chat_template
-    if template is None:
+def chat_formatter(info: ModelInfo) -> Jinja2ChatFormatter:
+    """The model's own chat template. Raises ConfigError when it has none or when it is no template."""
+    if info.chat_template is None:
         raise ConfigError("the model has no chat template")
 
     def piece(token: int) -> str:
         return info.model.token_get_text(token) if token != -1 else ""
 
     try:
-        formatter = Jinja2ChatFormatter(
-            template, eos_token=piece(info.model.token_eos()), bos_token=piece(info.model.token_bos())
+        return Jinja2ChatFormatter(
+            info.chat_template, eos_token=piece(info.model.token_eos()), bos_token=piece(info.model.token_bos())
         )
+    except jinja2.TemplateError as error:
+        raise _template_error(error) from error
+
+
+def render_chat(info: ModelInfo, messages: Sequence[Message]) -> Rendering:
+    """The messages in the model's own chat template, up to where the answer begins.
+
+    Raises ConfigError when the model has no template or its template fails.
+    """
+    formatter = chat_formatter(info)
+    try:
         rendered = formatter(messages=list(messages))  # type: ignore[arg-type]
     except (jinja2.TemplateError, ValueError, TypeError) as error:
-        raise ConfigError(f"the model's chat template failed ({error}); --raw leaves it out") from error
+        raise _template_error(error) from error
     stop = rendered.stop if isinstance(rendered.stop, list) else [rendered.stop] if rendered.stop else []
     add_bos = not rendered.added_special and info.model.add_bos_token()
     return Rendering(rendered.prompt, add_bos, [s for s in stop if s])
+
+
+def _template_error(error: Exception) -> ConfigError:
+    return ConfigError(f"the model's chat template failed ({error}); --raw leaves it out")
 
 
 def raw_prompt(info: ModelInfo, text: str) -> Prompt:

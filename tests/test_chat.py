@@ -18,9 +18,7 @@ from click.testing import CliRunner, Result
 from families import FAMILIES, write_family
 from helpers import SHAPES
 from selfextend_gguf.cli import main
-from selfextend_gguf.cli.chat import default_context
 
-from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.tiny.model_file import random_tensors, write_llama
 
@@ -376,19 +374,6 @@ def test_an_answer_that_is_cut_says_so(tmp_path):
 
 
 # ---- the context ---------------------------------------------------------------------------------------------
-
-
-def test_the_default_context():
-    nothing = dict.fromkeys(("group_size", "neighbor_window", "max_distance", "block_size", "schedule"))
-    assert default_context(4096, nothing) == 4 * 4096
-    assert default_context(256, nothing) == 1024
-    # A group size of 2 reaches D + D - W - n_batch - block + 1 = 256 + 256 - 64 - 32 - 64 + 1 = 353 tokens: within the
-    # 256 tokens trained on when rounded down to llama.cpp's multiple.
-    assert default_context(256, nothing | {"group_size": 2}) == 256
-    assert default_context(256, nothing | {"group_size": 6}) == 512
-    assert default_context(256, nothing | {"schedule": "rerope"}) == 1024
-    with pytest.raises(ConfigError, match="neighbor_window must be between"):
-        default_context(256, nothing | {"neighbor_window": 1000})
 
 
 def test_a_model_that_cannot_be_extended_talks_within_its_trained_context(tmp_path):

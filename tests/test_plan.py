@@ -9,7 +9,7 @@ import pytest
 
 from selfextend_gguf import SelfExtendError, plan, schedule_positions
 from selfextend_gguf._native import schedule_step
-from selfextend_gguf.config import SCHEDULES, longest_context
+from selfextend_gguf.config import SCHEDULES, default_context, longest_context
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -196,3 +196,15 @@ def test_no_key_is_rewritten_more_than_eight_times(n_ctx_train, n_ctx):
         at += step
     assert rewrites.max() <= 8
     assert 1 < rewrites[: n_ctx // 2].mean() < 7
+
+
+def test_the_default_context():
+    assert default_context(4096) == 4 * 4096
+    assert default_context(256) == 1024
+    # A group size of 2 reaches D + D - W - n_batch - block + 1 = 256 + 256 - 64 - 32 - 64 + 1 = 353 tokens: within the
+    # 256 tokens trained on when rounded down to llama.cpp's multiple.
+    assert default_context(256, group_size=2) == 256
+    assert default_context(256, group_size=6) == 512
+    assert default_context(256, schedule="rerope") == 1024
+    with pytest.raises(SelfExtendError, match="neighbor_window must be between"):
+        default_context(256, neighbor_window=1000)

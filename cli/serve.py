@@ -1,0 +1,113 @@
+"""`sx-gguf serve`: an OpenAI-compatible HTTP server."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from selfextend_gguf.cli.options import device_options, llama_arguments, self_extend_options, verbose_option
+
+from selfextend_gguf.kept_states import KeptStates
+
+
+@click.command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on; 0 = a free one."
+)
+@click.option(
+    "--api-key", envvar="SX_GGUF_API_KEY", help="Key that requests must carry [environment variable SX_GGUF_API_KEY]."
+)
+@click.option(
+    "--alias", "aliases", multiple=True, help="A model's name for clients, once for each model [its file's name]."
+)
+@click.option(
+    "-c", "--ctx", type=click.IntRange(1), help="Context in tokens [4 times the trained one, if that is reached]."
+)
+@click.option(
+    "--cache-ram", type=click.IntRange(0), help="MiB for copies of prompts [a quarter of the available memory]."
+)
+@click.option(
+    "--prompt-cache",
+    type=click.Path(path_type=Path),
+    help="Folder that keeps prompts beyond the end of the server, within the size of --cache-ram.",
+)
+@click.option("--prompt-cache-ro", type=click.Path(path_type=Path), help="The same, but nothing is written there.")
+@self_extend_options
+@device_options
+@verbose_option
+def serve(
+    models: tuple[Path, ...],
+    host: str,
+    port: int,
+    api_key: str | None,
+    aliases: tuple[str, ...],
+    ctx: int | None,
+    cache_ram: int | None,
+    prompt_cache: Path | None,
+    prompt_cache_ro: Path | None,
+    **options: Any,
+) -> None:
+    """Serve models over HTTP with OpenAI's API: completions and chat, streamed or not.
+
+    Several models are loaded one at a time, when asked for. Needs pip install 'selfextend-gguf[server]'.
+
+    \b
+    Examples:
+        sx-gguf serve model.gguf
+        sx-gguf serve small.gguf large.gguf --alias small --alias large --port 9000 --ctx 32768
+    """
+    try:
+        from llama_cpp.server.settings import ServerSettings
+
+        from selfextend_gguf.server.app import create_app
+        from selfextend_gguf.server.models import OneModelAtATime, ServedModel
+        from selfextend_gguf.server.run import listen, run
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"the server needs {error.name}: pip install 'selfextend-gguf[server]'") from error
+    names = aliases or tuple(path.name.removesuffix(".gguf") for path in models)
+    if len(names) != len(models):
+        raise click.UsageError(f"{len(models)} models and {len(names)} aliases: give one --alias for each model")
+    if len(set(names)) != len(names):
+        raise click.UsageError("two models have the same name; give each an --alias of its own")
+    if api_key is None and not is_loopback(host):
+        click.echo(f"Warning: anyone who reaches {host} can use this server: set --api-key", err=True)
+
+    verbose = options["verbose"]
+    arguments = llama_arguments(**options)
+    keep = kept_states(cache_ram, prompt_cache, prompt_cache_ro)
+    served = [ServedModel.from_file(path, name, ctx, arguments, keep) for path, name in zip(models, names, strict=True)]
+    with listen(host, port) as listener:
+        port = listener.getsockname()[1]
+        proxy = OneModelAtATime(served)
+        settings = ServerSettings(host=host, port=port, api_key=api_key, interrupt_requests=False)
+        app = create_app(proxy, settings, verbose=verbose)
+        contexts = ", ".join(f"{m.alias} (trained on {m.info.n_ctx_train} tokens, reads {m.n_ctx})" for m in served)
+        click.echo(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}: {contexts}")
+        try:
+            run(app, listener, verbose=verbose)
+        finally:
+            proxy.close()
+
+
+def kept_states(cache_ram: int | None, folder: Path | None, folder_ro: Path | None) -> Callable[[], KeptStates]:
+    """What keeps the prompts of a model."""
+    if folder is not None and folder_ro is not None:
+        raise click.UsageError("give --prompt-cache or --prompt-cache-ro, not both")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    n_bytes = psutil.virtual_memory().available // 4 if cache_ram is None else cache_ram * 2**20
+    return lambda: KeptStates(n_bytes, folder or folder_ro, read_only=folder_ro is not None)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

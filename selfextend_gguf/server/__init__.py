@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server: llama-cpp-python's, with our `Llama` and strict requests."""

@@ -1,0 +1,235 @@
+"""Requests as llama-cpp-python's server takes them, checked so that what it would ignore or fail on is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import jinja2
+from llama_cpp.llama_types import ChatCompletionRequestMessage
+from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from selfextend_gguf.errors import ConfigError, ContextFullError, GrammarError
+from selfextend_gguf.grammar import check_grammar, schema_grammar
+from selfextend_gguf.server.models import ServedModel
+
+JSON_TYPES = ("json_object", "json_schema")
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream contains beside the answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
+class Request(BaseModel):
+    """What completion and chat requests have in common. Raises pydantic's ValidationError."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    max_tokens: int | None = Field(None, ge=1)
+    n: Literal[1] = 1
+    temperature: float = Field(0.8, ge=0)
+    repeat_penalty: float = Field(1.0, gt=0, le=10)  # theirs is 1.1, which keeps models from copying numbers
+    stop: Text | list[Text] | None = None
+    logit_bias: dict[str, Bias] | None = None
+    stream_options: StreamOptions | None = Field(None, exclude=True)
+    # Without an effect on the answer.
+    metadata: Any = Field(None, exclude=True)
+    store: Any = Field(None, exclude=True)
+    service_tier: Any = Field(None, exclude=True)
+    safety_identifier: Any = Field(None, exclude=True)
+    prompt_cache_key: Any = Field(None, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            raise ValueError("the body must be a JSON object, sent with Content-Type: application/json")
+        json.dumps(values, ensure_ascii=False).encode()  # a ValueError for halves of characters (surrogates)
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _refuse_what_would_be_ignored(self) -> Request:
+        if self.logprobs is not None and self.logprobs is not False:  # 0 stands for the likeliest token's
+            raise ValueError("logprobs are not supported: the server does not keep the logits of all tokens")
+        if self.logit_bias and self.min_tokens:
+            raise ValueError("logit_bias and min_tokens cannot be combined")
+        return self
+
+
+class CompletionRequest(Request, CreateCompletionRequest):
+    """A body of /v1/completions."""
+
+    prompt: str
+    max_tokens: int = Field(16, ge=1)
+    best_of: Literal[1] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_prompt(cls, values: Any) -> Any:
+        prompt = values.get("prompt") if isinstance(values, dict) else None
+        if isinstance(prompt, list):
+            if len(prompt) != 1 or not isinstance(prompt[0], str):
+                raise ValueError("prompt must be one string: lists of prompts and of tokens are not supported")
+            return {**values, "prompt": prompt[0]}
+        return values
+
+    @model_validator(mode="after")
+    def _refuse_more(self) -> CompletionRequest:
+        if self.suffix is not None:
+            raise ValueError("suffix is not supported")
+        if self.echo and self.stream:
+            raise ValueError("echo and stream cannot be combined")
+        return self
+
+    def tokens(self, model: ServedModel) -> list[int]:
+        """The prompt's tokens."""
+        return model.info.tokenize(self.prompt.encode(), add_bos=model.info.model.add_bos_token())
+
+    def grammars(self) -> list[str]:
+        """The grammars that are asked for."""
+        return [] if self.grammar is None else [self.grammar]
+
+
+class ChatRequest(Request, CreateChatCompletionRequest):
+    """A body of /v1/chat/completions."""
+
+    messages: list[ChatCompletionRequestMessage] = Field(min_length=1)
+    # One call at most is made.
+    parallel_tool_calls: bool | None = Field(None, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _todays_names(cls, values: Any) -> Any:
+        """What OpenAI's clients send, in the form that llama-cpp-python knows."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        longest = values.pop("max_completion_tokens", None)
+        if longest is not None:
+            values.setdefault("max_tokens", longest)
+        messages = values.get("messages")
+        if isinstance(messages, list):
+            values["messages"] = [_as_plain_text(m) if isinstance(m, dict) else m for m in messages]
+        wanted = values.get("response_format")
+        if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
+            schema = wanted.get("json_schema")
+            if not isinstance(schema, dict) or "schema" not in schema:
+                raise ValueError("response_format.json_schema.schema is missing")
+            values["response_format"] = {"type": "json_object", "schema": schema["schema"]}
+        tools = values.get("tools")
+        if values.get("tool_choice") == "required" and isinstance(tools, list):
+            if len(tools) != 1:
+                raise ValueError('tool_choice "required" needs exactly one tool; name the one to call')
+            values["tool_choice"] = {"type": "function", "function": {"name": _name(tools[0])}}
+        return values
+
+    @model_validator(mode="after")
+    def _refuse_more(self) -> ChatRequest:
+        choice = self._called
+        if choice is not None and self._schema_of(choice) is None:
+            raise ValueError(f"tool_choice names {choice!r}, which is not among the tools")
+        if len(self._wanted_forms) > 1:
+            raise ValueError("only one of grammar, response_format and a tool to call can give the form of the answer")
+        if isinstance(self.tool_choice, str) and self.tool_choice == "required":
+            raise ValueError('tool_choice "required" without tools')
+        return self
+
+    @property
+    def _called(self) -> str | None:
+        """Name of the tool that must be called."""
+        choice: Any = self.function_call or self.tool_choice
+        return None if not isinstance(choice, dict) else choice.get("function", choice)["name"]
+
+    def _schema_of(self, name: str) -> Any:
+        functions: list[Any] = [tool["function"] for tool in self.tools or []] + (self.functions or [])
+        return next((f["parameters"] for f in functions if f["name"] == name), None)
+
+    @property
+    def _wanted_forms(self) -> list[Any]:
+        called = self._called
+        wanted: Any = self.response_format or {}
+        json_form = wanted if wanted.get("type") == "json_object" else None
+        return [form for form in (self.grammar, json_form, called) if form is not None]
+
+    def grammars(self) -> list[str]:
+        """The grammars that are asked for. Raises GrammarError."""
+        wanted: Any = self.response_format or {}
+        called = self._called
+        schemas = [wanted["schema"]] if "schema" in wanted else []
+        schemas += [] if called is None else [self._schema_of(called)]
+        return [schema_grammar(s) for s in schemas] + ([] if self.grammar is None else [self.grammar])
+
+    def tokens(self, model: ServedModel) -> list[int]:
+        """The tokens of the messages in the model's chat template. Raises ConfigError."""
+        if model.formatter is None:
+            raise ConfigError(f"the model {model.alias!r} has no chat template; use /v1/completions")
+        if (self.tools or self.functions) and self._called is None and "tools" not in model.formatter.template:
+            raise ConfigError(
+                f"the chat template of {model.alias!r} tells the model nothing of tools; name one in tool_choice"
+            )
+        try:
+            rendered = model.formatter(
+                messages=self.messages,
+                functions=self.functions,
+                function_call=self.function_call,
+                tools=self.tools,
+                tool_choice=self.tool_choice,
+            )
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise ConfigError(f"the model's chat template refuses the messages: {error}") from error
+        return model.info.tokenize(rendered.prompt.encode(), add_bos=False)
+
+
+def _as_plain_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its text parts joined, as templates expect it."""
+    content = message.get("content")
+    if content is None and message.get("role") == "assistant":
+        return {name: value for name, value in message.items() if value is not None}
+    if not isinstance(content, list):
+        return message
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        raise ValueError("messages can hold text only")
+    return {**message, "content": "".join(part["text"] for part in content)}
+
+
+def _name(tool: Any) -> Any:
+    return tool.get("function", {}).get("name") if isinstance(tool, dict) else None
+
+
+def check_request(body: CompletionRequest | ChatRequest, model: ServedModel) -> int:
+    """Check what depends on the model, before the request waits for its turn; the number of tokens of the prompt.
+
+    Raises ContextFullError, GrammarError or ConfigError.
+    """
+    n_vocab = model.info.model.n_vocab()
+    if body.logit_bias and body.logit_bias_type != "tokens":
+        for token in body.logit_bias:
+            if not (token.isascii() and token.isdigit() and int(token) < n_vocab):
+                raise ConfigError(f"logit_bias has {token!r}, which is no token of the model (0 to {n_vocab - 1})")
+    for grammar in body.grammars():
+        check_grammar(model.info.model.vocab, grammar)
+        if body.min_tokens:
+            raise GrammarError("min_tokens cannot be combined with a grammar, which alone says where an answer may end")
+    n_prompt = len(body.tokens(model))
+    if n_prompt == 0:
+        raise ConfigError("the prompt is empty")
+    n_answer = body.max_tokens or 1
+    if n_prompt + n_answer > model.n_ctx:
+        raise ContextFullError(
+            f"this model's maximum context length is {model.n_ctx} tokens, however you requested {n_prompt + n_answer} "
+            f"({n_prompt} in the prompt, {n_answer} for the completion); reduce the prompt or max_tokens"
+        )
+    return n_prompt

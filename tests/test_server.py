@@ -1,0 +1,619 @@
+"""`sx-gguf serve` over HTTP, by OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import llama_cpp
+import numpy as np
+import openai
+import psutil
+import pytest
+import uvicorn
+from llama_cpp.server.settings import ServerSettings
+
+from selfextend_gguf import Llama
+from selfextend_gguf.kept_states import KeptStates
+from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.reference import Reference
+from selfextend_gguf.server.app import create_app
+from selfextend_gguf.server.models import OneModelAtATime, ServedModel
+from selfextend_gguf.tiny.data import key_task
+from selfextend_gguf.tiny.model_file import LlamaShape, write_llama
+
+COMMAND = [str(Path(sys.executable).with_name("sx-gguf")), "serve"]
+MODEL = str(TINY_MODEL)
+KEY = "a-key"
+CONTEXT = 4096  # 16 trained contexts
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "SX_GGUF_API_KEY"}
+
+TEMPLATE = (
+    "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tool messages') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+)
+PLAIN_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+
+
+class Served:
+    """A running `sx-gguf serve`."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments, "--port", "0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT | environment,
+        )
+        self.line = self.process.stdout.readline().strip()
+        if not self.line:
+            raise RuntimeError(self.process.communicate()[1])
+        self.url = self.line.split(" on ")[1].split(": ")[0]
+        while httpx.get(f"{self.url}/health").status_code != 200:
+            time.sleep(0.05)
+
+    def client(self, api_key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
+
+    def post(self, path: str, body: object = None, content: bytes | None = None) -> httpx.Response:
+        return httpx.post(
+            f"{self.url}{path}",
+            content=json.dumps(body) if content is None else content,
+            headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
+            timeout=60,
+        )
+
+    def end(self, sig: int = signal.SIGTERM) -> tuple[int, str]:
+        """Exit code and standard error."""
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+        error = self.process.communicate(timeout=60)[1]
+        return self.process.returncode, error
+
+
+@pytest.fixture(scope="module")
+def chat_models(tmp_path_factory):
+    """The bundled weights with a chat template that shows tools, and with one that does not."""
+    folder = tmp_path_factory.mktemp("chat")
+    weights = {name: w.astype(np.float32) for name, w in Reference(TINY_MODEL).weights.items()}
+    for name, template in (("chat", TEMPLATE), ("plain", PLAIN_TEMPLATE)):
+        write_llama(folder / f"{name}.gguf", LlamaShape(), weights, chat_template=template)
+    return [str(folder / "chat.gguf"), str(folder / "plain.gguf")]
+
+
+@pytest.fixture(scope="module")
+def server(chat_models):
+    """Three models; the second and third have chat templates."""
+    served = Served(MODEL, *chat_models, "-c", str(CONTEXT), "-t", "1", "--api-key", KEY)
+    yield served
+    code, error = served.end()
+    assert code == 0
+    assert "Traceback" not in error
+
+
+@pytest.fixture(scope="module")
+def tasks(heldout_text):
+    """Prompts of many lengths, up to 16 trained contexts."""
+    rng = np.random.default_rng(5)
+    return [key_task(rng, heldout_text, length, 0.4).prompt for length in (4000, 2000, 1000, 500, 300, 200, 150, 120)]
+
+
+def alone(prompt: str, max_tokens: int, path: str = MODEL) -> str:
+    """What a fresh `Llama` answers."""
+    llm = Llama(path, n_ctx=CONTEXT, n_threads=1, n_threads_batch=1, verbose=False)
+    try:
+        return llm.create_completion(prompt, max_tokens=max_tokens, temperature=0)["choices"][0]["text"]
+    finally:
+        llm.close()
+
+
+# ---- answers -------------------------------------------------------------------------------------------------
+
+
+def test_eight_clients_at_once_get_the_answers_of_a_fresh_model(server, tasks):
+    """200 requests, streamed and not: each answer is the right one, none is lost, memory stays."""
+    requests = [(prompt, n) for prompt in tasks for n in (5, 9)]
+    wanted = {request: alone(*request) for request in requests}
+    assert len(set(wanted.values())) > len(tasks)
+    # All once, then mostly short ones.
+    rng = np.random.default_rng(0)
+    weights = np.repeat([0.005, 0.01, 0.02, 0.05, 0.1, 0.1, 0.1, 0.1], 2)
+    order = [*range(len(requests)), *rng.choice(len(requests), 200 - len(requests), p=weights / weights.sum())]
+    process = psutil.Process(server.process.pid)
+    sizes = []
+    n_answers = 0
+
+    async def client(queue: asyncio.Queue) -> None:
+        nonlocal n_answers
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=600
+        ) as openai_client:
+            while not queue.empty():
+                number, index = queue.get_nowait()
+                prompt, n = requests[index]
+                arguments = {"model": "tiny-256.Q8_0", "prompt": prompt, "max_tokens": n, "temperature": 0}
+                if number % 2:
+                    answer = await openai_client.completions.create(**arguments)
+                    text = answer.choices[0].text
+                    assert answer.usage.prompt_tokens == len(prompt)
+                else:
+                    stream = await openai_client.completions.create(**arguments, stream=True)
+                    text = "".join([chunk.choices[0].text async for chunk in stream])
+                assert text == wanted[requests[index]]
+                n_answers += 1
+                sizes.append(process.memory_info().rss)
+
+    async def all_clients() -> None:
+        queue: asyncio.Queue = asyncio.Queue()
+        for item in enumerate(order):
+            queue.put_nowait(item)
+        await asyncio.gather(*(client(queue) for _ in range(8)))
+
+    asyncio.run(all_clients())
+    assert n_answers == 200
+    warm = max(sizes[: len(requests) + 16])  # every prompt has been read once
+    assert max(sizes) - warm < 16 * 2**20
+
+
+def test_the_synchronous_client(server, tasks):
+    client = server.client()
+    arguments = {"model": "tiny-256.Q8_0", "prompt": tasks[3], "max_tokens": 6, "temperature": 0}
+    whole = client.completions.create(**arguments)
+    assert whole.choices[0].text == alone(tasks[3], 6)
+    assert (whole.model, whole.choices[0].finish_reason) == ("tiny-256.Q8_0", "length")
+    chunks = list(client.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+
+
+def test_chat_in_the_models_template(server, chat_models):
+    messages = [{"role": "user", "content": "In the beginning"}]
+    wanted = alone("[user] In the beginning\n[assistant] ", 8, chat_models[0])
+    client = server.client()
+    arguments = {"model": "chat", "temperature": 0}
+    for more in ({"max_tokens": 8}, {"max_completion_tokens": 8}):
+        answer = client.chat.completions.create(messages=messages, **arguments, **more)
+        assert answer.choices[0].message.content == wanted
+        assert answer.usage.completion_tokens == 8
+    parts = [{"role": "user", "content": [{"type": "text", "text": "In the"}, {"type": "text", "text": " beginning"}]}]
+    stream = client.chat.completions.create(messages=parts, **arguments, max_tokens=8, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == wanted
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Joppa"]}, "hot": {"type": "boolean"}},
+    "required": ["city", "hot"],
+}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "weather", "parameters": SCHEMA}}
+
+
+def fits_schema(text: str) -> bool:
+    value = json.loads(text)
+    return value["city"] in ("Rome", "Joppa") and isinstance(value["hot"], bool) and len(value) == 2
+
+
+def test_json_schemas_force_the_form(server):
+    client = server.client()
+    messages = [{"role": "user", "content": "Say"}]
+    for wanted in (
+        {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA, "strict": True}},
+        {"type": "json_object", "schema": SCHEMA},
+    ):
+        answer = client.chat.completions.create(model="chat", messages=messages, response_format=wanted, temperature=0)
+        assert fits_schema(answer.choices[0].message.content)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_that_must_be_called(server, choice):
+    client = server.client()
+    arguments = {
+        "model": "plain",
+        "messages": [{"role": "user", "content": "Say"}],
+        "tools": [TOOL],
+        "tool_choice": choice,
+        "temperature": 0,
+    }
+    answer = client.chat.completions.create(**arguments).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.tool_calls[0].function.name == "weather"
+    assert fits_schema(answer.message.tool_calls[0].function.arguments)
+    pieces = [
+        call.function.arguments
+        for chunk in client.chat.completions.create(**arguments, stream=True)
+        for call in chunk.choices[0].delta.tool_calls or []
+    ]
+    assert "".join(pieces) == answer.message.tool_calls[0].function.arguments
+
+
+def test_tools_the_model_may_call_are_shown_by_its_template(server):
+    client = server.client()
+    messages = [{"role": "user", "content": "Say"}]
+    counts = [
+        client.chat.completions.create(model="chat", messages=messages, max_tokens=1, **more).usage.prompt_tokens
+        for more in ({}, {"tools": [TOOL]})
+    ]
+    assert counts[1] - counts[0] == len("<weather>")
+
+
+def test_a_grammar(server):
+    body = {"prompt": "And", "grammar": 'root ::= "yes" | "no"', "temperature": 0}
+    assert server.post("/v1/completions", body).json()["choices"][0]["text"] in ("yes", "no")
+
+
+# ---- models --------------------------------------------------------------------------------------------------
+
+
+def test_models_and_their_contexts(server):
+    models = server.client().models.list().data
+    assert [(m.id, m.n_ctx_train, m.n_ctx) for m in models] == [
+        (name, 256, CONTEXT) for name in ("tiny-256.Q8_0", "chat", "plain")
+    ]
+    assert server.client().models.retrieve("chat").id == "chat"
+    names = [f"{m.id} (trained on 256 tokens, reads {CONTEXT})" for m in models]
+    assert server.line == f"Listening on {server.url}: {', '.join(names)}"
+
+
+def test_models_take_turns(server, chat_models):
+    """They have the same weights in Q8_0 and F32, which differ in what follows."""
+    body = {"prompt": "And Paul said", "max_tokens": 24, "temperature": 0}
+    wanted = {
+        name: alone(body["prompt"], 24, path) for name, path in (("tiny-256.Q8_0", MODEL), ("chat", chat_models[0]))
+    }
+    for name in ("tiny-256.Q8_0", "chat", "tiny-256.Q8_0"):
+        answer = server.post("/v1/completions", body | {"model": name}).json()
+        assert (answer["model"], answer["choices"][0]["text"]) == (name, wanted[name])
+    assert server.post("/v1/completions", body).json()["model"] == "tiny-256.Q8_0"
+
+
+# ---- bad requests --------------------------------------------------------------------------------------------
+
+CHAT = {"model": "chat", "messages": [{"role": "user", "content": "Say"}]}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+TOOL_RESULT = {"role": "tool", "content": "a", "tool_call_id": "b"}
+BAD_SCHEMA = {"type": "json_object", "schema": {"type": "foo"}}
+HUGE_SCHEMA = {"type": "json_object", "schema": {"type": "array", "minItems": 10**9, "items": {"type": "null"}}}
+OTHER = {"type": "function", "function": {"name": "x"}}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("completions", {"prompt": "a", "model": "gpt-4"}, 404, "the model 'gpt-4' does not exist"),
+        ("completions", {}, 400, "prompt: Field required"),
+        ("completions", {"prompt": ""}, 400, "the prompt is empty"),
+        ("completions", {"prompt": 5}, 400, "prompt: Input should be a valid string"),
+        ("completions", {"prompt": ["a", "b"]}, 400, "prompt must be one string"),
+        ("completions", {"prompt": [1, 2]}, 400, "prompt must be one string"),
+        ("completions", {"prompt": []}, 400, "prompt must be one string"),
+        ("completions", [1], 400, "the body must be a JSON object"),
+        ("completions", "text", 400, "the body must be a JSON object"),
+        ("completions", {"prompt": "a" * 5000}, 400, "maximum context length is 4096 tokens"),
+        ("completions", {"prompt": "a" * 5000, "stream": True}, 400, "maximum context length is 4096 tokens"),
+        ("completions", {"prompt": "a", "max_tokens": 4096}, 400, "you requested 4097"),
+        ("completions", {"prompt": "a", "max_tokens": 10**30}, 400, "maximum context length"),
+        ("completions", {"prompt": "a", "max_tokens": -1}, 400, "max_tokens: "),
+        ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens: "),
+        ("completions", {"prompt": "a", "max_tokens": "9"}, 400, "max_tokens: Input should be a valid integer"),
+        ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: "),
+        ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature: "),
+        ("completions", {"prompt": "a", "repeat_penalty": 0}, 400, "repeat_penalty: "),
+        ("completions", {"prompt": "a", "n": 2}, 400, "n: Input should be 1"),
+        ("completions", {"prompt": "a", "best_of": 3}, 400, "best_of: Input should be 1"),
+        ("completions", {"prompt": "a", "logprobs": 2}, 400, "logprobs are not supported"),
+        ("completions", {"prompt": "a", "logprobs": 0}, 400, "logprobs are not supported"),
+        ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
+        ("completions", {"prompt": "a", "echo": True, "stream": True}, 400, "echo and stream"),
+        ("completions", {"prompt": "a", "stop": [""]}, 400, "stop: "),
+        ("completions", {"prompt": "a", "frobnicate": 1}, 400, "frobnicate: unknown parameter"),
+        ("completions", {"prompt": "a", "grammar": "root ::= ("}, 400, "cannot parse the grammar"),
+        ("completions", {"prompt": "a", "grammar": "root ::= " + "(" * 10**5}, 400, "nests 100000 parentheses"),
+        ("completions", {"prompt": "a", "grammar": r"root ::= [\UFFFFFFFF]"}, 400, "the grammar allows no token here"),
+        ("completions", {"prompt": "a", "grammar": 'root ::= "a"', "min_tokens": 3}, 400, "min_tokens"),
+        ("completions", {"prompt": "a", "logit_bias": {"300": 1}}, 400, "'300', which is no token of the model"),
+        ("completions", {"prompt": "a", "logit_bias": {"-1": 1}}, 400, "'-1', which is no token of the model"),
+        ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "'x', which is no token of the model"),
+        ("completions", {"prompt": "a", "logit_bias": {"97": 1e300}}, 400, "logit_bias: "),
+        ("completions", {"prompt": "a", "logit_bias": {"97": 1}, "min_tokens": 2}, 400, "cannot be combined"),
+        ("completions", {"prompt": "\ud800"}, 400, "surrogates not allowed"),
+        ("chat/completions", {"model": "chat"}, 400, "messages"),
+        ("chat/completions", CHAT | {"messages": []}, 400, "messages"),
+        ("chat/completions", CHAT | {"messages": "Say"}, 400, "messages: "),
+        ("chat/completions", CHAT | {"messages": [{"role": "clown", "content": "a"}]}, 400, "messages: "),
+        ("chat/completions", CHAT | {"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "text only"),
+        ("chat/completions", CHAT | {"model": "tiny-256.Q8_0"}, 400, "has no chat template"),
+        ("chat/completions", CHAT | {"messages": [TOOL_RESULT]}, 400, "refuses the messages: no tool messages"),
+        ("chat/completions", CHAT | {"max_tokens": -1}, 400, "max_tokens: "),
+        ("chat/completions", CHAT | {"max_completion_tokens": 5000}, 400, "maximum context length"),
+        ("chat/completions", CHAT | {"logprobs": True}, 400, "logprobs are not supported"),
+        ("chat/completions", CHAT | {"tools": [TOOL], "model": "plain"}, 400, "tells the model nothing of tools"),
+        ("chat/completions", CHAT | {"tools": [TOOL, TOOL], "tool_choice": "required"}, 400, "exactly one tool"),
+        ("chat/completions", CHAT | {"tool_choice": "required"}, 400, '"required" without tools'),
+        ("chat/completions", CHAT | {"tools": [TOOL], "tool_choice": OTHER}, 400, "'x', which is not among"),
+        ("chat/completions", CHAT | {"tools": [TOOL], "tool_choice": NAMED, "grammar": "a"}, 400, "only one of"),
+        ("chat/completions", CHAT | {"response_format": BAD_SCHEMA}, 400, "the JSON schema cannot be made a grammar"),
+        ("chat/completions", CHAT | {"response_format": HUGE_SCHEMA}, 400, "too many for a grammar"),
+        ("chat/completions", CHAT | {"response_format": {"type": "json_schema"}}, 400, "schema is missing"),
+    ],
+)  # fmt: skip
+def test_bad_requests(server, path, body, status, message):
+    response = server.post(f"/v1/{path}", content=json.dumps(body).encode())
+    error = response.json()["error"]
+    assert (response.status_code, set(error)) == (status, {"message", "type", "param", "code"}), error
+    assert message in error["message"]
+    if "maximum context length" in message:
+        assert error["code"] == "context_length_exceeded"
+    answer = server.post("/v1/completions", {"prompt": "And", "max_tokens": 1})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"prompt": ', b'{"prompt": "caf\xe9"}', b"", b"[" * 100_000, b'{"prompt": "a", "temperature": NaN}']
+)
+def test_bodies_that_are_no_json(server, content):
+    response = server.post("/v1/completions", content=content)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert server.post("/v1/completions", {"prompt": "And", "max_tokens": 1}).status_code == 200
+
+
+def test_a_stream_that_fails_says_so(server):
+    body = {"prompt": "a", "grammar": r'root ::= "ab" [\UFFFFFFFF]', "stream": True}
+    with pytest.raises(openai.APIError, match="the grammar allows no token here"):
+        list(server.client().completions.create(model="chat", prompt="a", stream=True, extra_body=body))
+
+
+def test_a_key_is_needed_everywhere_but_for_health(server):
+    with pytest.raises(openai.AuthenticationError):
+        server.client("wrong").completions.create(model="chat", prompt="a")
+    for method, path in (
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/chat"),
+    ):
+        response = httpx.request(
+            method, server.url + path, json={"prompt": "a", "messages": []} if method == "POST" else None
+        )
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), path
+    assert httpx.get(server.url + "/health").json() == {"status": "ok", "busy": False}
+
+
+# ---- clients that leave --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def here():
+    """A server in this process, where it can be seen how far the model has got: (URL, models)."""
+    nothing = {"group_size": None, "neighbor_window": None, "max_distance": None, "block_size": None, "schedule": None}
+    arguments = nothing | {"verbose": False}
+    nothing_kept = lambda: KeptStates(0)  # noqa: E731
+    served = [ServedModel.from_file(TINY_MODEL, name, 16384, arguments, nothing_kept) for name in ("tiny", "other")]
+    models = OneModelAtATime(served)
+    app = create_app(models, ServerSettings(interrupt_requests=False))
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", models
+        uvicorn_server.should_exit = True
+        thread.join()
+    models.close()
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def left_request(url: str, body: dict):
+    """A request whose client hangs up at the end of the block."""
+    address = httpx.URL(url)
+    content = json.dumps(body).encode()
+    with socket.create_connection((address.host, address.port)) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}"
+        connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + content)
+        yield
+
+
+def busy(url: str) -> bool:
+    return httpx.get(f"{url}/health").json()["busy"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_stops_the_reading_of_its_prompt(here, heldout_text, stream):
+    url, models = here
+    prompt = heldout_text[:16000]
+    models._llm.reset()
+    with left_request(url, {"prompt": prompt, "max_tokens": 5, "stream": stream}):
+        wait_for(lambda: models._llm.n_tokens > 200)
+    wait_for(lambda: not busy(url))
+    n_read = models._llm.n_tokens
+    assert 200 < n_read < len(prompt)
+    assert bytes(models._llm.input_ids[:n_read].astype(np.uint8)) == prompt[:n_read].encode()
+    check_next_answer(url)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_stops_its_answer(here, stream):
+    url, models = here
+    body = {
+        "prompt": "And Paul said",
+        "max_tokens": 16000,
+        "temperature": 0,
+        "logit_bias": {"0": -100},
+        "stream": stream,
+    }
+    models._llm.reset()
+    with left_request(url, body):
+        wait_for(lambda: models._llm.n_tokens > 50)
+    wait_for(lambda: not busy(url))
+    assert 50 < models._llm.n_tokens < 8000
+    check_next_answer(url)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_the_queue_is_never_served(here, heldout_text, stream):
+    url, models = here
+    models._llm.reset()
+    with left_request(url, {"prompt": heldout_text[:16000], "max_tokens": 5}):
+        wait_for(lambda: models._llm.n_tokens > 200)
+        with left_request(url, {"model": "other", "prompt": "Never read", "max_tokens": 5, "stream": stream}):
+            time.sleep(0.2)
+    wait_for(lambda: not busy(url))
+    assert models._alias == "tiny"  # the other one was not even loaded
+    assert bytes(models._llm.input_ids[:10].astype(np.uint8)) == heldout_text[:10].encode()
+    check_next_answer(url)
+
+
+def check_next_answer(url: str) -> None:
+    answer = httpx.post(
+        f"{url}/v1/completions", json={"prompt": "And he said", "max_tokens": 9, "temperature": 0}
+    ).json()
+    llm = Llama(MODEL, n_ctx=16384, verbose=False)
+    assert answer["choices"][0]["text"] == llm("And he said", max_tokens=9, temperature=0)["choices"][0]["text"]
+    llm.close()
+
+
+# ---- starting and ending -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sig", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_it_also_while_it_answers(sig, code):
+    served = Served(MODEL, "-c", "16384")
+    with left_request(served.url, {"prompt": "And", "max_tokens": 16000, "logit_bias": {"0": -100}}):
+        wait_for(lambda: busy(served.url))
+        got, error = served.end(sig)
+    assert got == code
+    assert "Traceback" not in error
+    assert error.splitlines() in ([], ["Interrupted."])
+
+
+def test_a_key_from_the_environment():
+    served = Served(MODEL, "--alias", "mine", SX_GGUF_API_KEY="secret")
+    try:
+        assert [m.id for m in served.client("secret").models.list()] == ["mine"]
+        with pytest.raises(openai.AuthenticationError):
+            served.client("other").models.list()
+    finally:
+        served.end()
+
+
+@pytest.mark.parametrize(("more", "warnings"), [([], 1), (["--api-key", "x"], 0)])
+def test_an_open_server_without_a_key_is_warned_of(more, warnings):
+    served = Served(MODEL, "--host", "0.0.0.0", *more)
+    _, error = served.end()
+    assert [line for line in error.splitlines() if line.startswith("Warning: ")] == error.splitlines()
+    assert error.count("anyone who reaches 0.0.0.0 can use this server: set --api-key") == warnings
+
+
+def one_line_error(*arguments: str) -> str:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert done.returncode in (1, 2)
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr
+    return lines[-1]
+
+
+def test_an_address_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        error = one_line_error(MODEL, "--port", str(port))
+    assert error == f"Error: cannot listen on 127.0.0.1:{port}: Address already in use"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.gguf"], "Model path does not exist: missing.gguf"),
+        ([MODEL, MODEL], "two models have the same name"),
+        ([MODEL, "--alias", "a", "--alias", "b"], "1 models and 2 aliases"),
+        ([MODEL, "-c", "1000000"], "beyond the reach of Self-Extend"),
+        ([MODEL, "--port", "70000"], "70000 is not in the range"),
+        ([], "Missing argument 'MODEL...'"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    assert message in one_line_error(*arguments)
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['fastapi'] = None; sys.argv[1:] = ['serve', 'x.gguf']\n"
+        "from selfextend_gguf.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["Error: the server needs fastapi: pip install 'selfextend-gguf[server]'"]
+
+
+def test_a_grammar_never_ends_the_process():
+    llm = Llama(MODEL, n_ctx=256, verbose=False)
+    for text in ("root ::= (", r"root ::= [\UFFFFFFFF]", "root ::= root"):
+        with pytest.raises(ValueError, match="grammar"):
+            llm("And", max_tokens=3, grammar=llama_cpp.LlamaGrammar.from_string(text))
+    assert (
+        llm("And", max_tokens=3, grammar=llama_cpp.LlamaGrammar.from_string('root ::= "yes"'))["choices"][0]["text"]
+        == "yes"
+    )
+
+
+# ---- kept prompts --------------------------------------------------------------------------------------------
+
+
+def test_questions_about_one_document_read_it_once(here, heldout_text):
+    url, models = here
+    llm, seen = models._llm, []
+    fresh = Llama(MODEL, n_ctx=16384, verbose=False)
+    hook, states = llm.progress, llm.kept_states
+
+    def counted(done: int, total: int) -> None:
+        seen.append(total if done == total else 0)
+        hook(done, total)
+
+    llm.progress, llm.kept_states = counted, KeptStates(2**30)
+    try:
+        n_read = []
+        for question in ("And Paul said", "And Peter said unto them", "The chief captain", "And he"):
+            seen.clear()
+            body = {"prompt": heldout_text[:3000] + question, "max_tokens": 100, "temperature": 0}
+            answer = httpx.post(f"{url}/v1/completions", json=body).json()
+            n_read.append(sum(seen) - 99)
+            fresh.reset()
+            wanted = fresh(body["prompt"], max_tokens=100, temperature=0)["choices"][0]["text"]
+            assert answer["choices"][0]["text"] == wanted
+    finally:
+        llm.progress, llm.kept_states = hook, states
+    assert n_read[0] >= 3000
+    assert max(n_read[1:]) < 300
+
+
+def test_a_folder_of_prompts_outlives_the_server(heldout_text, tmp_path):
+    folder = tmp_path / "prompts"
+    body = {"prompt": heldout_text[:3000], "max_tokens": 20, "temperature": 0}
+    answers = []
+    for option in ("--prompt-cache", "--prompt-cache", "--prompt-cache-ro"):
+        served = Served(MODEL, "-c", "4096", option, str(folder), "--cache-ram", "64")
+        answers.append(httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"])
+        assert served.end()[0] == 0
+        assert list(folder.glob("*.kv"))
+    assert answers[0] == answers[1] == answers[2]
