@@ -59,6 +59,10 @@ def bench(
     click.echo(f"{'':<28}{'Self-Extend':>14}{'llama.cpp':>14}{'ratio':>8}")
     for name, ratio in ((f"read {length} tokens", result.read), (f"then {predict} one by one", result.generate)):
         click.echo(f"{name:<28}{ratio.extended_seconds:>12.2f} s{ratio.plain_seconds:>12.2f} s{ratio.ratio:>8.3f}")
+    times = result.read.extended_seconds / result.resume_seconds
+    click.echo(
+        f"{'or from a prompt cache':<28}{result.resume_seconds:>12.3f} s  ({times:.0f} times sooner than reading)"
+    )
     peaks = result.extended_peak, result.plain_peak
     click.echo(
         f"{'peak memory':<28}{peaks[0] / 2**20:>10.0f} MiB{peaks[1] / 2**20:>10.0f} MiB{peaks[0] / peaks[1]:>8.3f}"

@@ -138,12 +138,12 @@ def ppl(
             parameters=parameters,
             **arguments,
         )
-    if plot is not None:
-        plot_perplexity(results, plot, f"{model.name} on {file.name}", n_ctx_train)
     if as_json:
         click.echo(json.dumps({"model": str(model), "n_ctx_train": n_ctx_train, "results": ppl_records(results)}))
     else:
         click.echo(ppl_table(results, n_ctx_train))
+    if plot is not None:  # last: a file that cannot be written loses nothing
+        plot_perplexity(results, plot, f"{model.name} on {file.name}", n_ctx_train)
 
 
 def ppl_records(results: Sequence[LengthResult]) -> list[dict[str, Any]]:
@@ -229,15 +229,15 @@ def passkey(
                 text=read_text(DEMO_TEXT),
                 on_progress=lambda n, depth: show(f"{n} tokens" + ("" if depth is None else f", depth {depth:.0%}")),
             )
-    rows = list(dict.fromkeys(cell.depth for cell in cells))
-    scores = np.array([[cell.score for cell in cells if cell.depth == depth] for depth in rows])
-    if plot is not None:
-        title = f"{task}: {model.name}, {'plain llama.cpp' if plain else 'Self-Extend'}"
-        plot_retrieval(scores, lengths, [0.5 if depth is None else depth for depth in rows], plot, title)
     if as_json:
         click.echo(json.dumps({"model": str(model), "task": task, "cells": [asdict(cell) for cell in cells]}))
     else:
         click.echo(passkey_table(cells, n_ctx_train))
+    if plot is not None:  # last: a file that cannot be written loses nothing
+        rows = list(dict.fromkeys(cell.depth for cell in cells))
+        scores = np.array([[cell.score for cell in cells if cell.depth == depth] for depth in rows])
+        title = f"{task}: {model.name}, {'plain llama.cpp' if plain else 'Self-Extend'}"
+        plot_retrieval(scores, lengths, [0.5 if depth is None else depth for depth in rows], plot, title)
 
 
 @contextmanager

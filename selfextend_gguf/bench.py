@@ -11,6 +11,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,12 @@ class Ratio:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """`read`: `length` tokens; `generate`: one at a time after them; memory in bytes;
-    `flash_attn`: whether both used it."""
+    """`read`: `length` tokens; `generate`: one at a time after them; `resume_seconds`: to restore those tokens from a
+    prompt cache and decode the last one again; memory in bytes; `flash_attn`: whether both used it."""
 
     read: Ratio
     generate: Ratio
+    resume_seconds: float
     extended_peak: int
     plain_peak: int
     flash_attn: bool
@@ -91,16 +93,31 @@ def run(
     shared |= {"n_ctx": extended.n_ctx(), "flash_attn": flash_attn}
     plain = llama_cpp.Llama(str(model), **shared)
     tokens = _tokens(length + generate)
-    read, generated = [], []
-    for repeat in range(repeats):
-        extended.reset()
-        plain.reset()
-        read.append(_turns(extended, plain, [tokens[:length]], repeat))
-        generated.append(_turns(extended, plain, [[token] for token in tokens[length:]], repeat))
+    read, generated, resumed = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "prompt.kv"
+        for repeat in range(repeats):
+            extended.reset()
+            plain.reset()
+            read.append(_turns(extended, plain, [tokens[:length]], repeat))
+            extended.save_prompt(cache)
+            generated.append(_turns(extended, plain, [[token] for token in tokens[length:]], repeat))
+            resumed.append(_resume(extended, cache))
     extended.close()
     plain.close()
     peaks = [_peak(side, model, length, shared) for side in ("extended", "plain")]
-    return BenchResult(_ratio(read), _ratio(generated), *peaks, flash_attn)
+    return BenchResult(_ratio(read), _ratio(generated), statistics.median(resumed), *peaks, flash_attn)
+
+
+def _resume(llm: Llama, cache: Path) -> float:
+    """Seconds until logits are there, of a prompt that a file holds."""
+    llm.reset()
+    began = time.perf_counter()
+    llm.load_prompt(cache)
+    last = int(llm.input_ids[llm.n_tokens - 1])
+    llm.n_tokens -= 1
+    llm.eval([last])
+    return time.perf_counter() - began
 
 
 def _peak(side: str, model: Path, length: int, arguments: dict[str, Any]) -> int:

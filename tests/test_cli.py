@@ -408,6 +408,7 @@ def test_bench_reports_ratios():
             numbers[part]["extended_seconds"] / numbers[part]["plain_seconds"]
         )
     assert numbers["extended_peak"] > 2**20
+    assert 0 < numbers["resume_seconds"] < numbers["read"]["extended_seconds"]
 
 
 @pytest.mark.parametrize("name", SHAPES)

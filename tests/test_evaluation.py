@@ -210,6 +210,15 @@ def test_eval_ppl(text_file, tmp_path):
     assert relative["plain"] > 3
 
 
+def test_a_picture_that_cannot_be_written_loses_no_measurement(text_file, tmp_path):
+    plot = str(tmp_path / "missing" / "a.png")
+    result = invoke("eval", "ppl", MODEL, "-f", text_file, "--lengths", "256", "--plot", plot)
+    assert (result.exit_code, result.stdout.splitlines()[1].split()[2]) == (1, "selfextend")
+    assert result.stderr.startswith("Error: ") and "missing" in result.stderr
+    result = invoke("eval", "passkey", MODEL, "--task", "native", "--lengths", "256", "--trials", "1", "--plot", plot)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (1, 6)
+
+
 def test_eval_ppl_says_what_is_wrong(text_file, tmp_path):
     result = invoke("eval", "ppl", MODEL, "-f", text_file, "--lengths", "20000")
     assert (result.exit_code, result.stderr) == (1, "Error: the text has 12000 tokens, 20000 were asked for\n")
