@@ -39,10 +39,12 @@ def whole_tiles(n: int, most: int) -> int:
 
 
 def usual_block(free: int) -> int:
-    """Tokens between two moves, with `free` positions beside the window: a third of them, but not more than 512
-    (llama.cpp's usual batch) or, where that is more, a sixth. A key of the window is rewritten at each move: eight
-    times at most before it is grouped, however many tokens the model was trained on."""
-    return whole_tiles(free // 3, max(512, free // 6))
+    """Tokens between two moves, with `free` positions beside the window: a third of them, but at least one tile, if
+    that leaves a third, and not more than 512 (llama.cpp's usual batch) or, where that is more, a sixth. A key of the
+    window is rewritten at each move: eight times at most before it is grouped, however many tokens the model was
+    trained on."""
+    third = free // 3
+    return whole_tiles(max(third, _TILE) if 2 * third >= _TILE else third, max(512, free // 6))
 
 
 def slack(config: SelfExtendConfig) -> int:
