@@ -85,7 +85,7 @@ def plan(
 ) -> SelfExtendConfig:
     """Resolve the parameters for reading `n_ctx` tokens with a model trained on `n_ctx_train`.
 
-    None = automatic: distances below 5/8 of the trained context, or more where only that reaches `n_ctx` (adagrope:
+    None = automatic: distances below 3/4 of the trained context, or all where only that reaches `n_ctx` (adagrope:
     half of it, the others: all of it), a quarter of the room for the neighbor window, a third of the rest (at most 512)
     for the tokens between two moves of the boundary (adagrope: half of the rest), and the smallest groups that reach
     `n_ctx` with these. The room is all distances; adagrope's is the quarter of them that it keeps exact.

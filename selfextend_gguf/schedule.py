@@ -39,12 +39,10 @@ def whole_tiles(n: int, most: int) -> int:
 
 
 def usual_block(free: int) -> int:
-    """Tokens between two moves, with `free` positions beside the window: a third of them, but at least one tile, if
-    that leaves a third, and not more than 512 (llama.cpp's usual batch) or, where that is more, a sixth. A key of the
-    window is rewritten at each move: eight times at most before it is grouped, however many tokens the model was
-    trained on."""
-    third = free // 3
-    return whole_tiles(max(third, _TILE) if 2 * third >= _TILE else third, max(512, free // 6))
+    """Tokens between two moves, with `free` positions beside the window: a third of them, but not more than 512
+    (llama.cpp's usual batch) or, where that is more, a sixth. A key of the window is rewritten at each move: eight
+    times at most before it is grouped, however many tokens the model was trained on."""
+    return whole_tiles(free // 3, max(512, free // 6))
 
 
 def slack(config: SelfExtendConfig) -> int:
@@ -127,13 +125,15 @@ class SelfExtend(Schedule):
     name = "selfextend"
 
     def default_distances(self, n_ctx_train: int) -> tuple[int, ...]:
-        # The largest distances are those that a model has seen least. The paper advises half to two thirds of the
-        # trained context; docs/results.md shows what five eighths do.
-        return tuple(max(8, eighths * n_ctx_train // 8) for eighths in (5, 6, 8))
+        # The largest distances are those that a model has seen least: docs/schedules.md tells what they cost.
+        return (max(8, 3 * n_ctx_train // 4), n_ctx_train)
 
     def default_block(self, free: int, n_batch: int, size: int) -> int:
         # Moving the boundary by one block makes room for block - block//size tokens: as many as whole tiles.
-        tiles = usual_block(free)
+        # Its distances leave less room than others' do: more of it goes to steps as large as llama.cpp's own batches,
+        # smaller ones are slower.
+        most = 5 * free // 9
+        tiles = usual_block(free) if most < _TILE else whole_tiles(most, max(512, free // 6))
         return min(tiles + -(-tiles // (size - 1)), free - n_batch)
 
     def reach(self, config: SelfExtendConfig) -> int:

@@ -131,8 +131,7 @@ def test_the_smallest_group_size_that_fits_is_chosen():
 
 
 def test_larger_distances_are_used_only_where_it_takes_them():
-    assert plan(256, 4096).max_distance == 160  # 5/8
-    assert plan(256, 12000).max_distance == 192  # 3/4
+    assert plan(256, 4096).max_distance == 192  # 3/4
     assert plan(256, longest_context(256)).max_distance == 256
     # Groups of 42 reach 4096 tokens with all distances only.
     assert plan(256, 4096, group_size=42).max_distance == 256
