@@ -80,7 +80,7 @@ def compare_with_paper(model: str, text: str, n_tokens: int) -> tuple[float, flo
     """Perplexity of the second half of a text by our schedule and by the paper's attention, and how far apart their
     logits are there (norm of the difference in relation to the norm). Both from the float64 reference."""
     reference = Reference(model)
-    config = plan(reference.n_ctx_train, n_tokens)
+    config = plan(reference.n_ctx_train, n_tokens, max_distance=reference.n_ctx_train)  # all of them, as in the paper
     tokens = list(text[:n_tokens].encode())
     steps: list[int] = []
     while sum(steps) < n_tokens:
