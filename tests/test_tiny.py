@@ -150,7 +150,7 @@ def test_caches_of_few_bits_keep_what_f16_finds(heldout_text):
     """8 trained contexts, keys of q8_0 and q4_0 against f16."""
 
     def of(kind: str) -> tuple[float, float]:
-        return quality(str(TINY_MODEL), heldout_text, kind, 2048, n_trials=20, n_texts=2)
+        return quality(str(TINY_MODEL), heldout_text, kind, 2048, n_trials=40, n_texts=2)
 
     found, perplexity = of("f16")
     for kind, limit in (("q8_0", 1.01), ("q4_0", 1.05)):
