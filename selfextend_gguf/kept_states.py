@@ -79,18 +79,23 @@ class KeptStates:
         live = llm.saved_prompt()
         usable = _usable(config, live, tokens)
         ours = [kept for kept in self._kept if kept.saved.made_by == live.made_by]  # a folder may serve several models
-        best = max(ours, key=lambda kept: _usable(config, kept.saved, tokens), default=None)
         known = max(kept.common_prefix(tokens) for kept in (live, *(kept.saved for kept in ours)))
-        if best is not None and _usable(config, best.saved, tokens) <= usable:
-            best = None
+        best, usable = None, _usable(config, live, tokens)
+        for kept in ours:
+            n = _usable(config, kept.saved, tokens)
+            if n > usable:
+                best, usable = kept, n
+        if best is not None:
+            self._kept.remove(best)  # what comes next must not drop it
         if live.common_prefix(tokens) < len(live.tokens) // 2:
             self._keep(llm)  # another text comes; this one may come back
-        if best is not None:
-            usable = _usable(config, best.saved, tokens) if self._restore(llm, best) else 0
+        if best is not None and not self._restore(llm, best):
+            usable = 0
         llm.n_tokens = usable  # whatever reads next goes on from there
         return known
 
     def _restore(self, llm: Llama, kept: _Kept) -> bool:
+        """Restore a copy and take it back as the latest used one; False, and it is gone, if it is damaged."""
         try:
             if isinstance(kept.content, Path):
                 llm.load_prompt(kept.content)
@@ -100,23 +105,25 @@ class KeptStates:
                 llm.restore_prompt(kept.content)
         except (PromptCacheError, OSError) as error:
             warnings.warn(f"{error}; the prompt is read", stacklevel=2)
-            self._kept.remove(kept)
             return False
-        self._kept.append(self._kept.pop(self._kept.index(kept)))
+        self._add(kept)
         return True
+
+    def _add(self, kept: _Kept) -> None:
+        """Keep a copy as the latest used one; the least recently used ones in memory go where there is no room."""
+        self._kept.append(kept)
+        in_memory = [kept for kept in self._kept if isinstance(kept.content, CopiedPrompt)]
+        while self.n_bytes > self._capacity:
+            self._kept.remove(in_memory.pop(0))
 
     def _keep(self, llm: Llama) -> None:
         """Copy the running text, to memory and to the folder."""
         saved = llm.saved_prompt()
         if len(saved.tokens) < _LEAST or any(np.array_equal(kept.saved.tokens, saved.tokens) for kept in self._kept):
             return
-        n_bytes = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
-        if n_bytes > self._capacity:
+        if llama_cpp.llama_state_seq_get_size(llm.ctx, 0) > self._capacity:
             return
-        in_memory = [kept for kept in self._kept if isinstance(kept.content, CopiedPrompt)]
-        while self.n_bytes + n_bytes > self._capacity:
-            self._kept.remove(in_memory.pop(0))
-        self._kept.append(_Kept(saved, llm.copy_prompt()))
+        self._add(_Kept(saved, llm.copy_prompt()))
         if self._folder is not None and not self._read_only:
             name = hashlib.blake2b(saved.tokens.tobytes(), digest_size=16).hexdigest()
             self._write(llm, self._folder / f"{name}.kv")

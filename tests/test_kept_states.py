@@ -97,6 +97,17 @@ def test_the_least_recently_used_is_dropped(documents):
     assert nothing.llm.kept_states.n_bytes == 0
 
 
+@pytest.mark.parametrize("room", [1.01, 1.3, 2.1, 3.2])
+def test_a_copy_in_use_is_not_dropped_for_another(documents, room):
+    """Coming back to a text keeps the one before, for which the least recently used copy may have to go."""
+    asker, fresh = Asker(None), Asker(None)
+    asker.ask(documents[0])
+    asker.llm.kept_states = KeptStates(int(room * asker.llm.copy_prompt().n_bytes))
+    for i in (0, 1, 0, 1, 2, 0, 2, 1):
+        fresh.llm.reset()
+        assert asker.ask(documents[i] + " And") == fresh.ask(documents[i] + " And")
+
+
 def test_a_folder_outlives_the_program(documents, tmp_path):
     first = Asker(KeptStates(ROOM, tmp_path))
     wanted = [first.ask(text + " And") for text in documents]
