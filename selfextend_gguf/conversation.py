@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from selfextend_gguf.atomic_file import new_file
 from selfextend_gguf.errors import ConversationError
 from selfextend_gguf.generate import Piece, stream_completion
 from selfextend_gguf.llama import Llama
@@ -63,17 +62,8 @@ class Conversation:
     def save(self, path: Path) -> None:
         """Write the messages as JSON; the file is replaced at once or, on an error, stays as it was."""
         content = json.dumps({"system": self.system, "messages": self.messages}, ensure_ascii=False, indent=2) + "\n"
-        try:
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(content)
-                Path(name).replace(path)
-            except BaseException:
-                Path(name).unlink()
-                raise
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary file's name
+        with new_file(path) as (file, _):
+            file.write(content.encode())
 
     def load(self, path: Path) -> None:
         """Go on with the messages of a file; on an error (ConversationError, OSError) the present ones stay."""

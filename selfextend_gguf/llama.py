@@ -104,7 +104,7 @@ class Llama(llama_cpp.Llama):
             ConfigError: numbers out of range, or that cannot reach `n_ctx`.
             ModelFileError: a missing or damaged file.
             UnsupportedModelError: `n_ctx` is beyond the trained context of a model that cannot be extended.
-            NotEnoughMemoryError: the KV cache does not fit the available memory.
+            NotEnoughMemoryError: the model and the context do not fit the memory; nothing was loaded.
         """
         self._stack = contextlib.ExitStack()  # the parent's destructor closes it, however early we fail
         unknown = sorted(set(kwargs) - _PARENT_ARGUMENTS)

@@ -9,17 +9,14 @@ llama.cpp sees it.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
 import struct
 import tempfile
-import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from selfextend_gguf._native import last_error, note_log_errors
+from selfextend_gguf.atomic_file import new_file
 from selfextend_gguf.errors import ForeignPromptCacheError, PromptCacheError
 
 _FORMAT = 1
 _FOOTER = struct.Struct("<III8s")  # tokens, bytes of the header, CRC-32 of all before the footer, magic
 _MAGIC = b"SXPROMPT"
 _LLAMA_MAGIC = llama_cpp.LLAMA_STATE_SEQ_MAGIC.to_bytes(4, "little")  # first bytes of a sequence state
-_ABANDONED = 60  # seconds
 _CHUNK = 1 << 20  # bytes
 _SAMPLES, _SAMPLE = 64, 1 << 16  # of a model file: blocks, bytes in each
 
@@ -139,7 +136,7 @@ def write_prompt(path: Path, context: ctypes.c_void_p, saved: SavedPrompt) -> No
     """
     if len(saved.tokens) == 0:
         raise PromptCacheError("nothing was evaluated that a prompt cache could hold")
-    with _new_file(path) as (file, name):
+    with new_file(path) as (file, name):
         note_log_errors(True)
         try:
             written = llama_cpp.llama_state_seq_save_file(context, os.fsencode(name), 0, None, 0)
@@ -153,49 +150,6 @@ def write_prompt(path: Path, context: ctypes.c_void_p, saved: SavedPrompt) -> No
         checksum, _ = _checksum(file, file.tell())
         file.seek(0, os.SEEK_END)
         file.write(_FOOTER.pack(len(saved.tokens), len(header), checksum, _MAGIC))
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A temporary file beside `path`, which takes its place when all went well."""
-    prefix = f".{path.name}."
-    _remove_abandoned(path.parent, prefix)
-    try:
-        descriptor, name_string = tempfile.mkstemp(".tmp", prefix, path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    name = Path(name_string)
-    try:
-        with os.fdopen(descriptor, "w+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until closed: somebody is writing it
-            yield file, name
-            file.flush()
-            os.fsync(file.fileno())
-            name.replace(path)
-        _sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            name.unlink()
-        raise
-
-
-def _remove_abandoned(folder: Path, prefix: str) -> None:
-    """Remove temporary files of writers that were killed."""
-    for name in folder.glob(f"{prefix}*.tmp"):
-        with contextlib.suppress(OSError), name.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a writer lives
-            if time.time() - name.stat().st_mtime > _ABANDONED:  # or it may be about to lock it
-                name.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last beyond a power failure; not every file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _raise_if_disk_is_full(path: Path) -> None:
