@@ -19,7 +19,6 @@ import psutil
 from selfextend_gguf.cli.interrupts import deferred_interrupts
 from selfextend_gguf.cli.line_input import piped_messages, typed_messages
 from selfextend_gguf.cli.options import (
-    SELF_EXTEND_PARAMETERS,
     device_options,
     llama_arguments,
     model_argument,
@@ -34,7 +33,7 @@ from selfextend_gguf.cli.progress import reading_bar
 from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
 from selfextend_gguf.cli.texts import before_question, read_text
 
-from selfextend_gguf.config import TIMES_TRAINED, default_context
+from selfextend_gguf.config import PARAMETERS, TIMES_TRAINED, default_context
 from selfextend_gguf.conversation import Conversation
 from selfextend_gguf.errors import (
     ContextFullError,
@@ -117,7 +116,7 @@ def note(text: str) -> None:
 
 def open_llama(info: ModelInfo, ctx: int | None, cache: PromptCacheFile, **arguments: Any) -> Llama:
     """Load the model; without `ctx`, for as long a text as makes sense, and as the prompt cache needs."""
-    parameters = {name: arguments[name] for name in SELF_EXTEND_PARAMETERS}
+    parameters = {name: arguments[name] for name in PARAMETERS}
     n_ctx = ctx or cache.context_for(default_context(info.n_ctx_train, **parameters), [])
     try:
         return Llama(str(info.path), n_ctx=n_ctx, **arguments)

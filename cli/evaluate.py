@@ -14,7 +14,6 @@ import click
 import llama_cpp
 import numpy as np
 from selfextend_gguf.cli.options import (
-    SELF_EXTEND_PARAMETERS,
     device_options,
     llama_arguments,
     model_argument,
@@ -23,7 +22,7 @@ from selfextend_gguf.cli.options import (
 )
 from selfextend_gguf.cli.texts import read_text
 
-from selfextend_gguf.config import SCHEDULES, longest_context
+from selfextend_gguf.config import PARAMETERS, SCHEDULES, longest_context, whole_cells
 from selfextend_gguf.evaluation.perplexity import LengthResult, compare
 from selfextend_gguf.evaluation.plots import plot_perplexity, plot_retrieval
 from selfextend_gguf.evaluation.readers import METHODS
@@ -120,7 +119,7 @@ def ppl(
     """
     text = read_text(file).encode()
     arguments = llama_arguments(**options)
-    parameters = {name: arguments.pop(name) for name in SELF_EXTEND_PARAMETERS}
+    parameters = {name: arguments.pop(name) for name in PARAMETERS}
     schedule = parameters.pop("schedule") or SCHEDULES[0]
     with ModelInfo(model, verbose=options["verbose"]) as info:
         tokens, n_ctx_train = info.tokenize(text, add_bos=True), info.n_ctx_train
@@ -244,8 +243,8 @@ def passkey(
 def open_llama(model: Path, n_ctx: int, plain: bool, arguments: dict[str, Any]) -> Iterator[llama_cpp.Llama]:
     """Ours, or llama_cpp's with the same arguments."""
     if plain:
-        arguments = {name: value for name, value in arguments.items() if name not in SELF_EXTEND_PARAMETERS}
-        llm = llama_cpp.Llama(str(model), n_ctx=-(-n_ctx // 256) * 256, **arguments)
+        arguments = {name: value for name, value in arguments.items() if name not in PARAMETERS}
+        llm = llama_cpp.Llama(str(model), n_ctx=whole_cells(n_ctx), **arguments)
     else:
         llm = Llama(str(model), n_ctx=n_ctx, **arguments)
     try:

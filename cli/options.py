@@ -10,10 +10,8 @@ from typing import Any
 
 import click
 
-from selfextend_gguf.config import SCHEDULES
+from selfextend_gguf.config import PARAMETERS, SCHEDULES
 from selfextend_gguf.kv_cache import KV_TYPES
-
-SELF_EXTEND_PARAMETERS = ("group_size", "neighbor_window", "max_distance", "block_size", "schedule")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -38,7 +36,7 @@ def _load_config(context: click.Context, _: click.Parameter, path: Path | None) 
         return
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        unknown = set(values) - set(SELF_EXTEND_PARAMETERS)
+        unknown = set(values) - set(PARAMETERS)
     except (ValueError, TypeError) as error:
         raise click.BadParameter(f"{path} is no file that `sx-gguf tune` wrote: {error}") from error
     if unknown:
@@ -153,5 +151,5 @@ def model_arguments(
 
 def llama_arguments(**options: Any) -> dict[str, Any]:
     """Arguments of our `Llama` from those and `self_extend_options`."""
-    parameters = {name: options.pop(name) for name in SELF_EXTEND_PARAMETERS}
+    parameters = {name: options.pop(name) for name in PARAMETERS}
     return model_arguments(**options) | parameters

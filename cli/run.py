@@ -29,6 +29,7 @@ from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
 from selfextend_gguf.cli.texts import before_question, read_standard_input, read_text
 
 from selfextend_gguf._native import watch_interrupts
+from selfextend_gguf.config import whole_cells
 from selfextend_gguf.errors import ContextFullError
 from selfextend_gguf.generate import Piece, Timings, stream_completion
 from selfextend_gguf.llama import Llama
@@ -94,7 +95,7 @@ def run(
     if not tokens.tokens:
         raise click.UsageError("the prompt is empty")
     n_ctx = ctx or cache.context_for(len(tokens.tokens) + predict + 1, tokens.tokens)
-    if len(tokens.tokens) >= -(-n_ctx // 256) * 256:
+    if len(tokens.tokens) >= whole_cells(n_ctx):
         raise ContextFullError(f"Requested tokens ({len(tokens.tokens)}) exceed context window of {n_ctx}")
 
     sampling = take_sampling(options) | {"seed": seed}

@@ -10,7 +10,8 @@ from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.schedule import LONGEST, RULES, Schedule
 
 TIMES_TRAINED = 4  #: the context where none is asked for, in trained contexts
-_CELL_MULTIPLE = 256  # llama.cpp rounds contexts up to it
+CELL_MULTIPLE = 256  #: llama.cpp rounds contexts up to it
+PARAMETERS = ("group_size", "neighbor_window", "max_distance", "block_size", "schedule")  #: of `plan` and `Llama`
 SCHEDULES = tuple(RULES)  #: names, in the order of `enum sx_schedule`
 
 
@@ -190,13 +191,18 @@ def longest_context(n_ctx_train: int, **parameters: Any) -> int:
     return plan(n_ctx_train, n_ctx_train + 1, **parameters).longest_context
 
 
+def whole_cells(n_ctx: int) -> int:
+    """Size in tokens of the context that llama.cpp makes for `n_ctx`."""
+    return -(-n_ctx // CELL_MULTIPLE) * CELL_MULTIPLE
+
+
 def default_context(n_ctx_train: int, **parameters: Any) -> int:
     """Context in tokens for who asks for none: TIMES_TRAINED trained contexts, or what parameters of `plan` reach if
     that is less. Raises ConfigError as `plan` does."""
-    wanted = -(-TIMES_TRAINED * n_ctx_train // _CELL_MULTIPLE) * _CELL_MULTIPLE
+    wanted = whole_cells(TIMES_TRAINED * n_ctx_train)
     try:
         plan(n_ctx_train, wanted, **parameters)
         return wanted
     except ConfigError:
         reached = longest_context(n_ctx_train, **parameters)  # raises if something else is wrong
-        return max(n_ctx_train, reached // _CELL_MULTIPLE * _CELL_MULTIPLE)
+        return max(n_ctx_train, reached // CELL_MULTIPLE * CELL_MULTIPLE)

@@ -25,7 +25,7 @@ from selfextend_gguf._native import (
     raise_interrupt,
     schedule_step,
 )
-from selfextend_gguf.config import SelfExtendConfig, plan
+from selfextend_gguf.config import SelfExtendConfig, plan, whole_cells
 from selfextend_gguf.context import SelfExtendContext
 from selfextend_gguf.drafting import StepLimitedDraft
 from selfextend_gguf.errors import (
@@ -54,8 +54,6 @@ from selfextend_gguf.prompt_cache import (
     write_prompt,
 )
 
-# llama.cpp rounds a context up to a multiple of this; llama_cpp.Llama sizes its token array without rounding.
-_CELL_MULTIPLE = 256
 _SMALL_STEP = 256  # tokens
 _PARENT_ARGUMENTS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "kwargs"}
 
@@ -133,7 +131,7 @@ class Llama(llama_cpp.Llama):
         try:
             super().__init__(
                 model_path,
-                n_ctx=-(-n_ctx // _CELL_MULTIPLE) * _CELL_MULTIPLE,
+                n_ctx=whole_cells(n_ctx),  # llama_cpp.Llama would size its token array without rounding
                 n_batch=min(n_ctx, n_batch) if n_ctx else n_batch,
                 flash_attn=bool(flash_attn),
                 **kwargs,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
+from selfextend_gguf.config import CELL_MULTIPLE, whole_cells
 from selfextend_gguf.errors import MemoryTightWarning, NotEnoughMemoryError
 from selfextend_gguf.kv_cache import KV_TYPES, kv_cache_bytes, per_layer
 
-_CELL_MULTIPLE = 256  # llama.cpp rounds a context up to it
 _LARGEST_STEP = 512  # tokens llama.cpp computes at once (n_ubatch)
 
 
@@ -34,8 +34,7 @@ class Demand:
     @property
     def kv_cache(self) -> int:
         """Bytes of the KV cache."""
-        n_cells = -(-self.n_ctx // _CELL_MULTIPLE) * _CELL_MULTIPLE
-        return kv_cache_bytes(self.metadata, n_cells, self.type_k, self.type_v)
+        return kv_cache_bytes(self.metadata, whole_cells(self.n_ctx), self.type_k, self.type_v)
 
     @property
     def compute(self) -> int:
@@ -115,7 +114,7 @@ def _advice(demand: Demand, fits: Callable[[Demand], bool]) -> str:
         if smaller.kv_cache < demand.kv_cache and fits(smaller):
             advice.append(f"-ctk {name} -ctv {name}")
             break
-    sizes = range(_CELL_MULTIPLE, demand.n_ctx, _CELL_MULTIPLE)
+    sizes = range(CELL_MULTIPLE, demand.n_ctx, CELL_MULTIPLE)
     n_fitting = bisect_right(sizes, 0, key=lambda n: not fits(replace(demand, n_ctx=n)))
     if n_fitting:
         advice.append(f"--ctx {sizes[n_fitting - 1]}")

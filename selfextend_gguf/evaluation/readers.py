@@ -14,14 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from selfextend_gguf._native import schedule_step
-from selfextend_gguf.config import SCHEDULES, plan
+from selfextend_gguf.config import SCHEDULES, plan, whole_cells
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 
 Losses = npt.NDArray[np.float64]
 
-_CELL_MULTIPLE = 256  # llama.cpp rounds a context up to it
 _LOOP_ROOM = 1024  # tokens for questions, which the loop cannot take back
 _LOOP_BATCH = 32  # tokens between two looks of llama.cpp's own loop; it needs them to be fewer than its window
 
@@ -238,7 +237,7 @@ def open_reader(
     n_ctx = {"window": n_ctx_train, "loop": n_tokens + _LOOP_ROOM}.get(method, n_tokens)
     if method in _STRETCHED:
         arguments |= _stretched(method, max(1.0, n_tokens / n_ctx_train), base, n_rot, n_ctx_train)
-    llm = llama_cpp.Llama(model_path, n_ctx=-(-(n_ctx + 1) // _CELL_MULTIPLE) * _CELL_MULTIPLE, **arguments)
+    llm = llama_cpp.Llama(model_path, n_ctx=whole_cells(n_ctx + 1), **arguments)
     if method == "window":
         return WindowReader(llm, n_ctx_train)
     if method == "loop":

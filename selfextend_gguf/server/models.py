@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from selfextend_gguf.config import default_context, plan
+from selfextend_gguf.config import PARAMETERS, default_context, plan, whole_cells
 from selfextend_gguf.errors import UnknownModelError
 from selfextend_gguf.kept_states import KeptStates
 from selfextend_gguf.llama import Llama
@@ -36,9 +36,8 @@ class ServedModel:
     ) -> ServedModel:
         """Raises ModelFileError, and ConfigError when the context cannot be reached."""
         info = ModelInfo(path, verbose=arguments["verbose"])
-        names = ("group_size", "neighbor_window", "max_distance", "block_size", "schedule")
-        parameters = {name: arguments[name] for name in names}
-        n_ctx = -(-(ctx or default_context(info.n_ctx_train, **parameters)) // 256) * 256  # llama.cpp's multiple
+        parameters = {name: arguments[name] for name in PARAMETERS}
+        n_ctx = whole_cells(ctx or default_context(info.n_ctx_train, **parameters))
         plan(info.n_ctx_train, n_ctx, **parameters)
         formatter = chat_formatter(info) if info.chat_template else None
         return cls(alias, info, n_ctx, formatter, arguments, keep)
