@@ -5,6 +5,7 @@
 #include "error.h"
 #include "layers.h"
 #include "selfextend.h"
+#include "verify.h"
 
 enum { MAX_POSITION_INPUTS = 64 };
 
@@ -227,26 +228,38 @@ static int check_model(const sx_engine * e, struct llama_context * ctx) {
     return SX_OK;
 }
 
+// Decode a token, and note the layers that the callback sees.
+static int probe(sx_engine * e, struct llama_context * ctx) {
+    e->finding = true;
+    const int status = sx_decode_probe(ctx, 0);
+    e->finding = false;
+    return status ? status : e->fault;
+}
+
+static int prepare_decodes(sx_engine * e) {
+    if (e->layers.n == 0 && !e->layers.any_local) {
+        return sx_fail(SX_ERR_MODEL, "no layer writes rotated keys to a cache that this library recognises");
+    }
+    e->next_cell = allocate(e->layers.n, sizeof(int32_t));
+    return e->next_cell ? SX_OK : sx_fail(SX_ERR_MEMORY, "out of memory");
+}
+
 int32_t sx_engine_attach(sx_engine * e, struct llama_context * ctx) {
     if (e->ctx || e->layers.n > 0) {
         return sx_fail(SX_ERR_ARGUMENT, "the engine has been attached before");
     }
     int status = check_model(e, ctx);
-    if (status == SX_OK) {
-        e->finding = true;
-        status = sx_layers_decode_probe(ctx, 0);
-        e->finding = false;
-        status = status ? status : e->fault;
-        status = status ? status : sx_layers_settle(&e->layers, ctx);
-        llama_memory_clear(llama_get_memory(ctx), true);
-        llama_perf_context_reset(ctx);
+    if (status != SX_OK) {
+        return status;
     }
-    if (status == SX_OK && e->layers.n == 0 && !e->layers.any_local) {
-        status = sx_fail(SX_ERR_MODEL, "no layer writes rotated keys to a cache that this library recognises");
-    }
+    status = probe(e, ctx);
+    status = status ? status : sx_layers_settle(&e->layers, ctx);
+    status = status ? status : sx_layers_verify(&e->layers, ctx);
+    llama_memory_clear(llama_get_memory(ctx), true);
+    llama_perf_context_reset(ctx);
     if (status == SX_OK) {
-        e->next_cell = allocate(e->layers.n, sizeof(int32_t));
-        status = e->next_cell ? SX_OK : sx_fail(SX_ERR_MEMORY, "out of memory");
+        sx_layers_drop_unrotated(&e->layers);
+        status = prepare_decodes(e);
     }
     e->fault = 0;
     e->ctx   = status == SX_OK ? ctx : NULL;

@@ -4,7 +4,7 @@
 
 #include "check.h"
 #include "error.h"
-#include "layers.h"
+#include "verify.h"
 
 enum { N_CTX = 512 };
 
@@ -50,11 +50,12 @@ static int settle(struct llama_model * model, int type, void (* change)(struct s
     params.cb_eval_user_data = &search;
     struct llama_context * ctx = llama_init_from_model(model, params);
     CHECK(ctx);
-    CHECK(sx_layers_decode_probe(ctx, 0) == SX_OK);
+    CHECK(sx_decode_probe(ctx, 0) == SX_OK);
     search.finding = false;
     CHECK(layers->n == llama_model_n_layer(model));
     change(&layers->layer[1].rope);
-    const int status = sx_layers_settle(layers, ctx);
+    int status = sx_layers_settle(layers, ctx);
+    status = status ? status : sx_layers_verify(layers, ctx);
     llama_free(ctx);
     sx_layers_free(layers);
     return status;
