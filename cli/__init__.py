@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import click
+
+from selfextend_gguf import __version__
 from selfextend_gguf.cli.bench import bench
 from selfextend_gguf.cli.chat import chat
 from selfextend_gguf.cli.demo import demo
@@ -12,8 +14,6 @@ from selfextend_gguf.cli.info import info
 from selfextend_gguf.cli.run import run
 from selfextend_gguf.cli.serve import serve
 from selfextend_gguf.cli.tune import tune
-
-from selfextend_gguf import __version__
 
 
 @click.group(cls=ErrorHandlingGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from selfextend_gguf import bench as measure
+from selfextend_gguf.cli.options import at_most_one
+from selfextend_gguf.evaluation import bench as measure
 from selfextend_gguf.models import TINY_MODEL
 
 
@@ -41,8 +42,7 @@ def bench(
         sx-gguf bench
         sx-gguf bench --smollm-135m --repeat 1
     """
-    if model is not None and smollm_135m:
-        raise click.UsageError("give a model or --smollm-135m, not both")
+    at_most_one({"a model": model, "--smollm-135m": smollm_135m})
     with tempfile.TemporaryDirectory() as folder:
         path = model or TINY_MODEL
         if smollm_135m:

@@ -16,9 +16,11 @@ from typing import Any
 
 import click
 import psutil
+
 from selfextend_gguf.cli.interrupts import deferred_interrupts
 from selfextend_gguf.cli.line_input import piped_messages, typed_messages
 from selfextend_gguf.cli.options import (
+    context_option,
     device_options,
     llama_arguments,
     model_argument,
@@ -32,8 +34,6 @@ from selfextend_gguf.cli.options import (
 from selfextend_gguf.cli.progress import reading_bar
 from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
 from selfextend_gguf.cli.texts import before_question, read_text
-
-from selfextend_gguf.config import PARAMETERS, TIMES_TRAINED, default_context
 from selfextend_gguf.conversation import Conversation
 from selfextend_gguf.errors import (
     ContextFullError,
@@ -45,6 +45,7 @@ from selfextend_gguf.errors import (
 from selfextend_gguf.generate import Piece, Timings
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.planning import PARAMETERS, default_context
 
 _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 
@@ -52,12 +53,7 @@ _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 @click.command()
 @model_argument
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text file to put before the first message.")
-@click.option(
-    "-c",
-    "--ctx",
-    type=click.IntRange(1),
-    help=f"Context in tokens [{TIMES_TRAINED} times the trained one, or less if that is out of reach].",
-)
+@context_option
 @text_options
 @self_extend_options
 @sampling_options
@@ -119,12 +115,12 @@ def open_llama(info: ModelInfo, ctx: int | None, cache: PromptCacheFile, **argum
     parameters = {name: arguments[name] for name in PARAMETERS}
     n_ctx = ctx or cache.context_for(default_context(info.n_ctx_train, **parameters), [])
     try:
-        return Llama(str(info.path), n_ctx=n_ctx, **arguments)
+        return Llama(str(info.path), n_ctx=n_ctx, model_info=info, **arguments)
     except UnsupportedModelError as error:
         if ctx is not None:
             raise
         note(f"The context is the trained one, {info.n_ctx_train} tokens: {error}")
-        return Llama(str(info.path), n_ctx=info.n_ctx_train, **arguments)
+        return Llama(str(info.path), n_ctx=info.n_ctx_train, model_info=info, **arguments)
 
 
 def hold(dialogue: Dialogue, is_terminal: bool, *, verbose: bool) -> None:

@@ -6,9 +6,10 @@ import click
 import llama_cpp
 import numpy as np
 
+from selfextend_gguf.evaluation.retrieval import greedy_answer
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.models import DEMO_TEXT, TINY_MODEL
-from selfextend_gguf.tiny.data import KeyTask, key_task
+from selfextend_gguf.tiny.keys import KeyTask, key_task
 
 
 @click.command()
@@ -52,7 +53,7 @@ def demo(times: int, depth: float, seed: int) -> None:
 
 def show(name: str, llm: llama_cpp.Llama, task: KeyTask) -> bool:
     """Print one row of the comparison; whether the answer was right."""
-    answer = llm.create_completion(task.prompt, max_tokens=len(task.answer), temperature=0.0)["choices"][0]["text"]
+    answer = greedy_answer(llm, task.prompt, len(task.answer))
     right = answer == task.answer
     click.echo(f"{name:<20}{answer.encode('unicode_escape').decode():<12}{'yes' if right else 'no':<8}")
     return right

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from selfextend_gguf._native import silence_log
+from selfextend_gguf.cli.options import VERBOSE
 from selfextend_gguf.errors import SelfExtendError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -25,9 +26,7 @@ class ErrorHandlingGroup(click.Group):
     """A group whose commands report expected errors and Ctrl-C without a traceback (unless -v)."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        verbose = "-v" in sys.argv or "--verbose" in sys.argv  # a subcommand's context is gone when it has failed
-        if not verbose:
-            silence_log()
+        silence_log()  # -v restores it
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = show_warning
@@ -36,7 +35,7 @@ class ErrorHandlingGroup(click.Group):
             click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
         except (SelfExtendError, OSError, MemoryError) as error:
-            if verbose:
+            if VERBOSE in ctx.meta:
                 raise
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 # The interpreter flushes at exit, and would complain about the closed pipe.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,6 +12,8 @@ from typing import Any
 import click
 import llama_cpp
 import numpy as np
+
+from selfextend_gguf.atomic_file import new_file
 from selfextend_gguf.cli.options import (
     device_options,
     llama_arguments,
@@ -20,9 +21,8 @@ from selfextend_gguf.cli.options import (
     self_extend_options,
     verbose_option,
 )
+from selfextend_gguf.cli.progress import status_line
 from selfextend_gguf.cli.texts import read_text
-
-from selfextend_gguf.config import PARAMETERS, SCHEDULES, longest_context, whole_cells
 from selfextend_gguf.evaluation.perplexity import LengthResult, compare
 from selfextend_gguf.evaluation.plots import plot_perplexity, plot_retrieval
 from selfextend_gguf.evaluation.readers import METHODS
@@ -31,6 +31,8 @@ from selfextend_gguf.evaluation.tasks import TASKS
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import DEMO_TEXT
+from selfextend_gguf.planning import PARAMETERS, context_within, longest_context, whole_cells
+from selfextend_gguf.schedule import LONGEST, SCHEDULES
 
 AGAINST = tuple(method for method in METHODS if method != "plain")
 
@@ -66,15 +68,6 @@ def lengths_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., An
 def usual_lengths(n_ctx_train: int, limit: int) -> list[int]:
     """1, 2, 4, 8 and 16 trained contexts, as far as the limit goes."""
     return [n for n in (n_ctx_train * 2**i for i in range(5)) if n <= limit] or [limit]
-
-
-@contextmanager
-def status_line() -> Iterator[Callable[[str], None]]:
-    """Shows what is being done on standard error, if that is a terminal; gone at the end."""
-    shown = sys.stderr.isatty()
-    yield lambda text: click.echo(f"\r\033[K{text}", nl=False, err=True) if shown else None
-    if shown:
-        click.echo("\r\033[K", nl=False, err=True)
 
 
 # ---- ppl ---------------------------------------------------------------------------------------------------------
@@ -123,7 +116,8 @@ def ppl(
     schedule = parameters.pop("schedule") or SCHEDULES[0]
     with ModelInfo(model, verbose=options["verbose"]) as info:
         tokens, n_ctx_train = info.tokenize(text, add_bos=True), info.n_ctx_train
-    lengths = lengths or usual_lengths(n_ctx_train, len(tokens))
+    reach = longest_context(n_ctx_train, schedule=schedule, **parameters)
+    lengths = lengths or usual_lengths(n_ctx_train, min(len(tokens), reach))
     others = AGAINST if "all" in against else against
     methods = list(dict.fromkeys([schedule, "plain", *others]))
     with status_line() as show:
@@ -142,7 +136,8 @@ def ppl(
     else:
         click.echo(ppl_table(results, n_ctx_train))
     if plot is not None:  # last: a file that cannot be written loses nothing
-        plot_perplexity(results, plot, f"{model.name} on {file.name}", n_ctx_train)
+        with new_file(plot) as (picture, _):
+            plot_perplexity(results, picture, f"{model.name} on {file.name}", n_ctx_train)
 
 
 def ppl_records(results: Sequence[LengthResult]) -> list[dict[str, Any]]:
@@ -213,7 +208,10 @@ def passkey(
     arguments = llama_arguments(**options)
     with ModelInfo(model, verbose=options["verbose"]) as info:
         n_ctx_train = info.n_ctx_train
-        lengths = lengths or usual_lengths(n_ctx_train, longest_context(n_ctx_train) - ANSWER_ROOM)
+        if lengths is None:
+            parameters = {} if plain else {name: arguments[name] for name in PARAMETERS}
+            room = context_within(n_ctx_train, LONGEST, **parameters) - ANSWER_ROOM
+            lengths = usual_lengths(n_ctx_train, room)
         spread = [float(d) for d in np.linspace(0.05, 0.95, depths)] if depths > 1 else [0.5]
         with open_llama(model, max(lengths) + ANSWER_ROOM, plain, arguments) as llm, status_line() as show:
             cells = evaluate_grid(
@@ -236,7 +234,8 @@ def passkey(
         rows = list(dict.fromkeys(cell.depth for cell in cells))
         scores = np.array([[cell.score for cell in cells if cell.depth == depth] for depth in rows])
         title = f"{task}: {model.name}, {'plain llama.cpp' if plain else 'Self-Extend'}"
-        plot_retrieval(scores, lengths, [0.5 if depth is None else depth for depth in rows], plot, title)
+        with new_file(plot) as (picture, _):
+            plot_retrieval(scores, lengths, [0.5 if depth is None else depth for depth in rows], picture, title)
 
 
 @contextmanager

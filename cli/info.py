@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from selfextend_gguf.cli.options import model_argument, self_extend_options, verbose_option
 
-from selfextend_gguf.config import longest_context, plan
+from selfextend_gguf.cli.options import context_option, model_argument, self_extend_options, verbose_option
+from selfextend_gguf.examine import examine, sensible_context
 from selfextend_gguf.kv_cache import KV_TYPES
+from selfextend_gguf.memory import gib
 from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.planning import default_context, longest_context, plan
 
 
 @click.command()
 @model_argument
-@click.option("-c", "--ctx", type=click.IntRange(1), help="Wanted context in tokens [4 times the trained one].")
+@context_option
 @self_extend_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 @verbose_option
@@ -29,7 +31,7 @@ def info(model: Path, ctx: int | None, as_json: bool, verbose: bool, **parameter
         sx-gguf info model.gguf --ctx 16384
     """
     with ModelInfo(model, verbose=verbose) as file:
-        facts = describe(file, ctx or 4 * file.n_ctx_train, parameters)
+        facts = describe(file, ctx or default_context(file.n_ctx_train, **parameters), parameters, verbose=verbose)
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -43,7 +45,8 @@ def info(model: Path, ctx: int | None, as_json: bool, verbose: bool, **parameter
         f"KV cache at {facts['n_ctx']} tokens": ", ".join(
             f"{size / 2**20:.1f} MiB ({kind})" for kind, size in kv.items()
         ),
-        "Longest context": f"{facts['longest_context']} tokens",
+        "Sensible context": sensible_words(facts["n_ctx_train"], **facts["sensible_context"]),
+        "Arithmetic limit": f"{facts['longest_context']} tokens, not a promise",
         "Rewritten layers": f"{facts['rewritten_layers']} of {facts['layers']}",
         "Self-Extend": facts["explanation"],
     }
@@ -51,19 +54,30 @@ def info(model: Path, ctx: int | None, as_json: bool, verbose: bool, **parameter
         click.echo(f"{name + ':':<32}{value}")
 
 
-def describe(file: ModelInfo, n_ctx: int, parameters: dict[str, Any]) -> dict[str, Any]:
+def sensible_words(n_ctx_train: int, n_ctx: int, group_size: int, n_bytes: int | None, is_all_memory: bool) -> str:
+    """A `SensibleContext` in words."""
+    words = [f"{n_ctx / n_ctx_train:.3g}x the trained one"]
+    if group_size > 1:
+        words.append(f"groups of {group_size}")
+    if n_bytes is not None:
+        words.append(f"{gib(n_bytes)} of memory" + ", which is all there is" * is_all_memory)
+    return f"up to {n_ctx} tokens ({', '.join(words)})"
+
+
+def describe(file: ModelInfo, n_ctx: int, parameters: dict[str, Any], *, verbose: bool) -> dict[str, Any]:
     """All facts as a JSON-able record."""
-    reason, n_layers = file.examine()
+    found = examine(file.path, verbose=verbose)
     config = None
-    if reason is not None:
-        explanation = f"not possible: {reason}"
+    if found.reason is not None:
+        explanation = f"not possible: {found.reason}"
     elif n_ctx <= file.n_ctx_train:
         explanation = f"not needed: {n_ctx} tokens fit the trained context"
-    elif n_layers == 0:
+    elif found.n_layers == 0:
         explanation = "not needed: layers with RoPE look back a window only, the others use no positions"
     else:
         config = plan(file.n_ctx_train, n_ctx, **parameters)
         explanation = str(config)
+    extendable = found.reason is None
     return {
         "model": str(file.path),
         "architecture": file.architecture,
@@ -72,12 +86,13 @@ def describe(file: ModelInfo, n_ctx: int, parameters: dict[str, Any]) -> dict[st
         "quantisation": file.quantisation,
         "n_ctx": n_ctx,
         "layers": file.n_layers,
-        "rewritten_layers": n_layers,
+        "rewritten_layers": found.n_layers,
         "kv_cache_bytes": {
             name: file.kv_cache_bytes(n_ctx, KV_TYPES[name], KV_TYPES[name]) for name in ("f16", "q8_0")
         },
-        "longest_context": file.n_ctx_train if reason else longest_context(file.n_ctx_train),
-        "extendable": reason is None,
+        "sensible_context": asdict(sensible_context(file, parameters if extendable else None)),
+        "longest_context": longest_context(file.n_ctx_train, **parameters) if extendable else file.n_ctx_train,
+        "extendable": extendable,
         "self_extend": asdict(config) if config else None,
         "explanation": explanation,
     }

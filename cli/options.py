@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
-from selfextend_gguf.config import PARAMETERS, SCHEDULES
+from selfextend_gguf._native import restore_log
 from selfextend_gguf.kv_cache import KV_TYPES
+from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED
+from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -27,7 +29,40 @@ def _combine(*options: Decorator) -> Decorator:
 
 model_argument = click.argument("model", type=click.Path(path_type=Path))
 
-verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log, and tracebacks of errors.")
+
+def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> bool:
+    """Note it where the group sees it, which reports errors when this context is gone."""
+    if value:
+        context.meta[VERBOSE] = True
+        restore_log()
+    return value
+
+
+VERBOSE = "selfextend_gguf.verbose"  #: in the metadata that click's contexts share
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    is_eager=True,
+    callback=_be_verbose,
+    help="Show llama.cpp's log, and tracebacks of errors.",
+)
+
+context_option = click.option(
+    "-c",
+    "--ctx",
+    type=click.IntRange(1),
+    help=f"Context in tokens [{TIMES_TRAINED} times the trained one, or less if that is out of reach].",
+)
+
+
+def at_most_one(values: dict[str, Any]) -> Any:
+    """The one value that is given, None if none is; `values` by how users know them. UsageError for more."""
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    if len(given) > 1:
+        *others, last = given
+        raise click.UsageError(f"give {', '.join(others)} or {last}, not both")
+    return next(iter(given.values()), None)
 
 
 def _load_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -57,7 +92,12 @@ self_extend_options = _combine(
         "-gan", "--group-size", type=int, help="Tokens that share a key position outside the window [automatic]."
     ),
     click.option("-gaw", "--neighbor-window", type=int, help="Latest tokens that keep exact distances [automatic]."),
-    click.option("--max-distance", type=int, help="No query sees a distance of so many tokens [trained context]."),
+    click.option(
+        "--max-distance",
+        type=int,
+        help=f"No query sees a distance of so many tokens [{TRUSTED_DISTANCES} of the trained context, or all of it "
+        "where only that reaches; adagrope: half of it, the other schedules: all].",
+    ),
     click.option("--block-size", type=int, help="Steps in which the grouped part grows, in tokens [automatic]."),
     click.option(
         "--schedule", type=click.Choice(SCHEDULES), help=f"How keys are grouped as the text grows [{SCHEDULES[0]}]."

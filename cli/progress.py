@@ -1,44 +1,44 @@
-"""The progress bar of a prompt that is read."""
+"""What is being done, on standard error if that is a terminal."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from typing import Any
 
-import click
+from tqdm import tqdm
 
-_ERASE_LINE_ABOVE = "\033[A\r\033[K"
+_READING = "{desc} |{bar}| {n_fmt} of {total_fmt} tokens, {rate_noinv_fmt}, {remaining} left"
+
+
+def _bar(**options: Any) -> tqdm[Any]:
+    return tqdm(file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
 
 
 @contextmanager
 def reading_bar(*, erase: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, if that is a terminal, for `show(tokens read, tokens to read)`.
+    """A progress bar of a prompt that is read, for `show(tokens read, tokens to read)`.
 
     The first call shows the bar; with `erase` it is gone at the end.
     """
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    began = time.perf_counter()
-    bar = None
-    with ExitStack() as stack:
+    bar: tqdm[Any] | None = None
 
-        def show(done: int, total: int) -> None:
-            def speed(done: int | None) -> str | None:
-                seconds = time.perf_counter() - began
-                return None if not done else f"{done} of {total} tokens, {done / seconds:.0f} tokens/s"
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = _bar(desc="Reading", total=total, unit=" tokens", bar_format=_READING, leave=not erase)
+        bar.update(done - bar.n)
 
-            nonlocal bar
-            if bar is None:
-                bar = click.progressbar(length=total, label="Reading", width=0, file=sys.stderr, item_show_func=speed)
-                stack.enter_context(bar)
-            bar.update(done - bar.pos, current_item=done)
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
 
-        try:
-            yield show
-        finally:
-            stack.close()
-            if erase and bar is not None:
-                click.echo(_ERASE_LINE_ABOVE, nl=False, err=True)
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line of text; gone at the end."""
+    with _bar(bar_format="{desc}", leave=False) as line:
+        yield lambda text: line.set_description_str(text)

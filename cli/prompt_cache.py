@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-
+from selfextend_gguf.cli.options import at_most_one
 from selfextend_gguf.errors import ForeignPromptCacheError, PromptCacheError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.prompt_cache import SavedPrompt, read_prompt_header
@@ -15,8 +14,7 @@ from selfextend_gguf.prompt_cache import SavedPrompt, read_prompt_header
 
 def prompt_cache_file(path: Path | None, read_only_path: Path | None) -> PromptCacheFile:
     """The file that --prompt-cache or --prompt-cache-ro names."""
-    if path is not None and read_only_path is not None:
-        raise click.UsageError("give --prompt-cache or --prompt-cache-ro, not both")
+    at_most_one({"--prompt-cache": path, "--prompt-cache-ro": read_only_path})
     return PromptCacheFile(path or read_only_path, read_only=read_only_path is not None)
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from selfextend_gguf._native import watch_interrupts
 from selfextend_gguf.cli.chat import chat
 from selfextend_gguf.cli.errors import EXIT_INTERRUPTED
 from selfextend_gguf.cli.options import (
+    at_most_one,
     device_options,
     llama_arguments,
     model_argument,
@@ -27,14 +30,11 @@ from selfextend_gguf.cli.options import (
 from selfextend_gguf.cli.progress import reading_bar
 from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
 from selfextend_gguf.cli.texts import before_question, read_standard_input, read_text
-
-from selfextend_gguf._native import watch_interrupts
-from selfextend_gguf.config import whole_cells
-from selfextend_gguf.errors import ContextFullError
 from selfextend_gguf.generate import Piece, Timings, stream_completion
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
-from selfextend_gguf.prompt import Prompt, chat_prompt, raw_prompt
+from selfextend_gguf.planning import check_room, whole_cells
+from selfextend_gguf.prompt import Prompt, make_prompt
 
 
 @click.command()
@@ -90,17 +90,17 @@ def run(
         context = click.get_current_context()
         context.invoke(chat, **{p.name: context.params[p.name] for p in chat.params if p.name in context.params})
         return
-    with ModelInfo(model, verbose=options["verbose"]) as info:
-        tokens = chat_prompt(info, text, system) if info.chat_template and not raw else raw_prompt(info, text)
-    if not tokens.tokens:
-        raise click.UsageError("the prompt is empty")
-    n_ctx = ctx or cache.context_for(len(tokens.tokens) + predict + 1, tokens.tokens)
-    if len(tokens.tokens) >= whole_cells(n_ctx):
-        raise ContextFullError(f"Requested tokens ({len(tokens.tokens)}) exceed context window of {n_ctx}")
-
     sampling = take_sampling(options) | {"seed": seed}
-    began = time.perf_counter()
-    llm = Llama(str(model), n_ctx=n_ctx, n_batch=batch_size, seed=seed, **llama_arguments(**options))
+    with ModelInfo(model, verbose=options["verbose"]) as info:
+        tokens = make_prompt(info, text, system, raw=raw)
+        if not tokens.tokens:
+            raise click.UsageError("the prompt is empty")
+        n_ctx = ctx or cache.context_for(len(tokens.tokens) + predict + 1, tokens.tokens)
+        check_room(len(tokens.tokens) + 1, whole_cells(n_ctx))
+        began = time.perf_counter()
+        llm = Llama(
+            str(model), n_ctx=n_ctx, n_batch=batch_size, seed=seed, model_info=info, **llama_arguments(**options)
+        )
     opening = {"load_seconds": time.perf_counter() - began}
     watch_interrupts(llm.ctx)
     try:
@@ -121,9 +121,7 @@ def read_prompt(argument: str | None, option: str | None, file: Path | None) -> 
 
     None if nothing is given and standard input is a terminal.
     """
-    if argument is not None and option is not None:
-        raise click.UsageError("give the prompt as an argument or with -p, not both")
-    prompt = argument if argument is not None else option
+    prompt = at_most_one({"the prompt as an argument": argument, "with -p": option})
     if prompt is None and file is None:
         if sys.stdin.isatty():
             return None

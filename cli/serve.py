@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import psutil
-from selfextend_gguf.cli.options import device_options, llama_arguments, self_extend_options, verbose_option
 
-from selfextend_gguf.kept_states import KeptStates
+from selfextend_gguf.cli.options import (
+    at_most_one,
+    context_option,
+    device_options,
+    llama_arguments,
+    self_extend_options,
+    verbose_option,
+)
 
 
 @click.command()
@@ -26,9 +31,7 @@ from selfextend_gguf.kept_states import KeptStates
 @click.option(
     "--alias", "aliases", multiple=True, help="A model's name for clients, once for each model [its file's name]."
 )
-@click.option(
-    "-c", "--ctx", type=click.IntRange(1), help="Context in tokens [4 times the trained one, if that is reached]."
-)
+@context_option
 @click.option(
     "--cache-ram", type=click.IntRange(0), help="MiB for copies of prompts [a quarter of the available memory]."
 )
@@ -66,6 +69,7 @@ def serve(
         from llama_cpp.server.settings import ServerSettings
 
         from selfextend_gguf.server.app import create_app
+        from selfextend_gguf.server.kept_prompts import KeptPrompts
         from selfextend_gguf.server.models import OneModelAtATime, ServedModel
         from selfextend_gguf.server.run import listen, run
     except ModuleNotFoundError as error:
@@ -80,8 +84,17 @@ def serve(
 
     verbose = options["verbose"]
     arguments = llama_arguments(**options)
-    keep = kept_states(cache_ram, prompt_cache, prompt_cache_ro)
-    served = [ServedModel.from_file(path, name, ctx, arguments, keep) for path, name in zip(models, names, strict=True)]
+    at_most_one({"--prompt-cache": prompt_cache, "--prompt-cache-ro": prompt_cache_ro})
+    if prompt_cache is not None:
+        prompt_cache.mkdir(parents=True, exist_ok=True)
+    folder, read_only = prompt_cache or prompt_cache_ro, prompt_cache_ro is not None
+    n_bytes = psutil.virtual_memory().available // 4 if cache_ram is None else cache_ram * 2**20
+    served = [
+        ServedModel.from_file(
+            path, name, ctx, arguments, keep=lambda: KeptPrompts(n_bytes, folder, read_only=read_only)
+        )
+        for path, name in zip(models, names, strict=True)
+    ]
     with listen(host, port) as listener:
         port = listener.getsockname()[1]
         proxy = OneModelAtATime(served)
@@ -93,16 +106,6 @@ def serve(
             run(app, listener, verbose=verbose)
         finally:
             proxy.close()
-
-
-def kept_states(cache_ram: int | None, folder: Path | None, folder_ro: Path | None) -> Callable[[], KeptStates]:
-    """What keeps the prompts of a model."""
-    if folder is not None and folder_ro is not None:
-        raise click.UsageError("give --prompt-cache or --prompt-cache-ro, not both")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    n_bytes = psutil.virtual_memory().available // 4 if cache_ram is None else cache_ram * 2**20
-    return lambda: KeptStates(n_bytes, folder or folder_ro, read_only=folder_ro is not None)
 
 
 def is_loopback(host: str) -> bool:

@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from selfextend_gguf.cli.evaluate import status_line
-from selfextend_gguf.cli.options import device_options, model_argument, model_arguments, verbose_option
-from selfextend_gguf.cli.texts import read_text
 
-from selfextend_gguf.evaluation.retrieval import ANSWER_ROOM, score
-from selfextend_gguf.evaluation.tasks import TASKS, Wish
-from selfextend_gguf.evaluation.tune import Trial
+from selfextend_gguf.atomic_file import new_file
+from selfextend_gguf.cli.options import device_options, model_argument, model_arguments, verbose_option
+from selfextend_gguf.cli.progress import status_line
+from selfextend_gguf.cli.texts import read_text
+from selfextend_gguf.evaluation.tune import Trial, fraction_found, key_tasks
 from selfextend_gguf.evaluation.tune import tune as find
-from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import DEMO_TEXT
 
-N_KEYS = 12
 SHOWN = 5
 
 
@@ -60,16 +56,7 @@ def tune(
         def count(part: str) -> int:
             return len(info.tokenize(part.encode(), add_bos=True))
 
-        rng, haystack = np.random.default_rng(0), text.encode("ascii", "replace").decode()
-        wishes = [Wish(ctx - ANSWER_ROOM, count, float(d), text=haystack) for d in np.linspace(0.05, 0.95, N_KEYS)]
-        tasks = [TASKS["native"](rng, wish) for wish in wishes]
-
-    def retrieval(parameters: dict[str, Any]) -> float:
-        llm = Llama(str(model), n_ctx=ctx, **parameters, **arguments)
-        try:
-            return float(np.mean([score(llm, task) for task in tasks]))
-        finally:
-            llm.close()
+        tasks = key_tasks(ctx, text, count)
 
     with status_line() as show:
         trials = find(
@@ -78,7 +65,7 @@ def tune(
             ctx,
             n_ctx_train,
             budget,
-            retrieval=retrieval,
+            retrieval=lambda parameters: fraction_found(str(model), ctx, tasks, **parameters, **arguments),
             on_progress=lambda done, left, seconds: show(f"{done} readings, {left} candidates, {seconds:.0f} s"),
             **arguments,
         )
@@ -91,7 +78,8 @@ def tune(
         click.echo(f"\n{command}")
     # Last: a file that cannot be written must not cost what took minutes to measure.
     if out is not None:
-        out.write_text(json.dumps(best.parameters) + "\n", encoding="utf-8")
+        with new_file(out) as (written, _):
+            written.write(json.dumps(best.parameters).encode() + b"\n")
 
 
 def table(trials: Sequence[Trial], default: Trial) -> str:

@@ -6,15 +6,18 @@ import ctypes
 import sys
 import time
 from dataclasses import dataclass
+from enum import IntEnum
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # First, and not only for its types: whichever libllama is in the process when our library is loaded is the one
 # it uses. Loaded the other way round there would be two copies.
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp._logger import llama_log_callback
 
-from selfextend_gguf.config import SCHEDULES, SelfExtendConfig
 from selfextend_gguf.errors import (
     ConfigError,
     EngineError,
@@ -23,19 +26,36 @@ from selfextend_gguf.errors import (
     SelfExtendError,
     UnsupportedModelError,
 )
+from selfextend_gguf.schedule import SCHEDULES, SelfExtendConfig
 
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."
-_ERRORS: dict[int, type[SelfExtendError]] = {
-    -1: EngineError,  # SX_ERR_ARGUMENT
-    -2: ConfigError,  # SX_ERR_SCHEDULE
-    -3: UnsupportedModelError,  # SX_ERR_MODEL
-    -4: EngineError,  # SX_ERR_DECODE
-    -5: EngineError,  # SX_ERR_CACHE
-    -6: NotEnoughMemoryError,  # SX_ERR_MEMORY
-    -7: EngineError,  # SX_ERR_DEVICE
-}
-_ABORTED = -8  # SX_ERR_ABORTED
 _int32_p = ctypes.POINTER(ctypes.c_int32)
+
+
+class Status(IntEnum):
+    """enum sx_status"""
+
+    OK = 0
+    ERR_ARGUMENT = -1
+    ERR_SCHEDULE = -2
+    ERR_MODEL = -3
+    ERR_DECODE = -4
+    ERR_CACHE = -5
+    ERR_MEMORY = -6
+    ERR_DEVICE = -7
+    ERR_ABORTED = -8
+
+
+# What is raised for a status; a decode that Ctrl-C aborted is a KeyboardInterrupt.
+_ERRORS: dict[Status, type[SelfExtendError]] = {
+    Status.ERR_ARGUMENT: EngineError,
+    Status.ERR_SCHEDULE: ConfigError,
+    Status.ERR_MODEL: UnsupportedModelError,
+    Status.ERR_DECODE: EngineError,
+    Status.ERR_CACHE: EngineError,
+    Status.ERR_MEMORY: NotEnoughMemoryError,
+    Status.ERR_DEVICE: EngineError,
+}
 
 
 class _Params(ctypes.Structure):
@@ -70,10 +90,9 @@ class RewriteStats:
 
 def _library_path() -> Path:
     name = "libselfextend.dylib" if sys.platform == "darwin" else "libselfextend.so"
-    import selfextend_gguf
-
+    package = find_spec("selfextend_gguf")
     # An editable install has two folders: the sources and the one pip compiled into.
-    tried = [Path(folder) / name for folder in selfextend_gguf.__path__]
+    tried = [Path(folder) / name for folder in (package and package.submodule_search_locations) or ()]
     tried += [Path(folder) / "selfextend_gguf" / name for folder in sys.path if folder]
     for path in tried:
         if path.is_file():
@@ -112,7 +131,7 @@ def check_version(built_against: str, installed: str) -> None:
 _LIB = _load()
 
 
-def _declare(name: str, argtypes: list, restype: type | None) -> None:
+def _declare(name: str, argtypes: list[Any], restype: Any) -> None:
     function = getattr(_LIB, name)
     function.argtypes = argtypes
     function.restype = restype
@@ -170,13 +189,13 @@ def raise_interrupt() -> None:
 
 
 def _check(status: int) -> None:
-    if status == _ABORTED:
+    if status == Status.ERR_ABORTED:
         raise_interrupt()
-    if status != 0:
-        raise _ERRORS[status](last_error())
+    if status != Status.OK:
+        raise _ERRORS[Status(status)](last_error())
 
 
-def _pointer(array: npt.NDArray[np.int32]) -> ctypes._Pointer:  # type: ignore[type-arg]
+def _pointer(array: npt.NDArray[np.int32]) -> Any:
     return array.ctypes.data_as(_int32_p)
 
 
@@ -191,6 +210,16 @@ def _params(config: SelfExtendConfig) -> _Params:
         config.n_ctx,
         config.n_batch,
     )
+
+
+def schedule_stage(config: SelfExtendConfig, n_cached: int, n_total: int) -> int:
+    """Stage of a step that decodes tokens [n_cached, n_total): while it stays the same, no cached key moves.
+
+    Raises as `schedule_positions` does.
+    """
+    stage = ctypes.c_int32()
+    _check(_LIB.sx_schedule_stage(ctypes.byref(_params(config)), n_cached, n_total, ctypes.byref(stage)))
+    return stage.value
 
 
 def schedule_positions(config: SelfExtendConfig, n_cached: int, n_total: int) -> npt.NDArray[np.int32]:
@@ -227,6 +256,11 @@ def silence_log() -> None:
     _LIB.sx_log_silence()
 
 
+def restore_log() -> None:
+    """Let llama_cpp handle llama.cpp's log again."""
+    llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+
+
 def note_log_errors(on: bool) -> None:
     """From on to off, the first error that llama.cpp logs is what `last_error` returns."""
     _LIB.sx_log_note_errors(on)
@@ -234,7 +268,8 @@ def note_log_errors(on: bool) -> None:
 
 def last_error() -> str:
     """Message of the last failure, "" if none."""
-    return _LIB.sx_last_error().decode("utf-8", "replace")
+    message: bytes = _LIB.sx_last_error()
+    return message.decode("utf-8", "replace")
 
 
 class Engine:
@@ -244,9 +279,6 @@ class Engine:
         self._handle = _LIB.sx_engine_init(n_ctx)
         if not self._handle:
             raise NotEnoughMemoryError(last_error())
-        # Of the schedule step applied last, unless keys were moved otherwise since. It survives a rollback: the keys
-        # that a stage moves are older than the neighbor window, so if one of them is gone the next stage is another.
-        self._stage: int | None = None
 
     def close(self) -> None:
         """Free the engine. Its context must have been freed before."""
@@ -292,24 +324,13 @@ class Engine:
         _LIB.sx_engine_get_key_positions(self._handle, _pointer(positions))
         return positions
 
-    def apply_schedule(self, config: SelfExtendConfig, n_total: int) -> None:
-        """Rotate the cached keys to where the schedule wants them for decoding up to `n_total` tokens."""
-        n_cached, stage = self.n_tokens, ctypes.c_int32()
-        params = ctypes.byref(_params(config))
-        _check(_LIB.sx_schedule_stage(params, n_cached, n_total, ctypes.byref(stage)))
-        if stage.value != self._stage:  # else nothing moves, and generating should not look at every key
-            self.set_key_positions(schedule_positions(config, n_cached, n_total))
-            self._stage = stage.value
-
     def set_key_positions(self, positions: npt.NDArray[np.int32]) -> None:
         """Rotate the cached keys to `positions`, int32 of shape (n_tokens,)."""
-        self._stage = None
         positions = np.ascontiguousarray(positions, np.int32)
         _check(_LIB.sx_engine_set_key_positions(self._handle, _pointer(positions), len(positions)))
 
     def adopt_key_positions(self, positions: npt.NDArray[np.int32]) -> None:
         """Declare what a restored cache holds, without rotating."""
-        self._stage = None
         positions = np.ascontiguousarray(positions, np.int32)
         _check(_LIB.sx_engine_adopt_key_positions(self._handle, _pointer(positions), len(positions)))
 

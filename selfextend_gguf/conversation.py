@@ -13,7 +13,7 @@ from selfextend_gguf.errors import ConversationError
 from selfextend_gguf.generate import Piece, stream_completion
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
-from selfextend_gguf.prompt import Message, Prompt, render_chat, render_raw, with_system
+from selfextend_gguf.prompt import Message, Prompt, render, uses_template, with_system
 
 
 class Conversation:
@@ -26,7 +26,7 @@ class Conversation:
     def __init__(self, llm: Llama, info: ModelInfo, *, system: str | None = None, raw: bool = False) -> None:
         self.system = system  #: system message; another one is used from the next turn on
         self.messages: list[Message] = []  #: a user's, an answer, a user's, an answer ...
-        self.raw = raw or info.chat_template is None
+        self.raw = not uses_template(info, raw=raw)
         self._llm = llm
         self._info = info
         self._transcript = _Transcript()
@@ -113,8 +113,7 @@ class Conversation:
 
     def _prompt(self, messages: list[Message]) -> Prompt:
         """Tokens for the answer to `messages`; they begin with known ones as far as the text does."""
-        render = render_raw if self.raw else render_chat
-        rendering = render(self._info, with_system(self.system, messages))
+        rendering = render(self._info, with_system(self.system, messages), raw=self.raw)
         known = self._transcript
         known.cut_to(rendering.text)
         rest = rendering.text[len(known.text) :].encode()

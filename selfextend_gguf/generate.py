@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from selfextend_gguf.errors import ContextFullError
 from selfextend_gguf.llama import Llama
+from selfextend_gguf.planning import check_room
 from selfextend_gguf.prompt import Prompt
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timings:
     """Tokens and seconds of a completion so far."""
 
@@ -58,8 +58,7 @@ def stream_completion(
     it raises leaves the cache with the tokens read so far. Raises ContextFullError when the prompt does not fit.
     """
     n_prompt = len(prompt.tokens)
-    if n_prompt >= llm.n_ctx():
-        raise ContextFullError(f"Requested tokens ({n_prompt}) exceed context window of {llm.n_ctx()}")
+    check_room(n_prompt + 1, llm.n_ctx())  # one token of an answer
     # The last token is read in any case, for its logits.
     n_cached = max(
         0, min(n_prompt - 1, llm.longest_token_prefix(llm.input_ids[: llm.n_tokens].tolist(), prompt.tokens))
@@ -70,16 +69,20 @@ def stream_completion(
     began = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
-        nonlocal began
+        nonlocal began, timings
         now = time.perf_counter()
         if timings.generated_tokens == 0:
-            timings.prompt_seconds = now - began
+            timings = replace(timings, prompt_seconds=now - began)
             on_read(done, total)
             began += time.perf_counter() - now  # what the caller does meanwhile is neither reading nor generating
             now = began + timings.prompt_seconds
-        timings.generate_seconds = now - began - timings.prompt_seconds
-        timings.generated_tokens += done == total  # each completed evaluation is followed by sampling one token
-        timings.rewrite_seconds = llm.rewrite_stats.seconds - rewritten_before
+        timings = replace(
+            timings,
+            generate_seconds=now - began - timings.prompt_seconds,
+            # Each completed evaluation is followed by sampling one token.
+            generated_tokens=timings.generated_tokens + (done == total),
+            rewrite_seconds=llm.rewrite_stats.seconds - rewritten_before,
+        )
 
     llm.progress = progress
     try:

@@ -1,12 +1,16 @@
-"""What a KV cache may consist of, and how large it is."""
+"""What a KV cache may consist of, how large it is, how it is read, and what rewriting does to it."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 
 import gguf
 import llama_cpp
+
+from selfextend_gguf.errors import KeyPrecisionWarning
+from selfextend_gguf.schedule import SelfExtendConfig
 
 # Names as llama.cpp's -ctk and -ctv take them. llama_cpp does not name bf16, number 30 of ggml.
 KV_TYPES: dict[str, int] = {
@@ -23,6 +27,8 @@ KV_TYPES: dict[str, int] = {
 # How often a key can be rewritten until the error of the logits has about doubled, by measurement: docs/kv-cache.md.
 # Types of 16 and more bits are not named: 50 rewrites did not hurt them.
 SAFE_REWRITES = {"q8_0": 50, "q5_1": 10, "q5_0": 10, "q4_1": 10, "q4_0": 10}
+
+_SMALL_STEP = 256  # tokens
 
 
 def is_quantised(ggml_type: int | None) -> bool:
@@ -62,3 +68,33 @@ def per_layer(metadata: Mapping[str, str], key: str, default: int) -> list[int]:
     """A number of a model's metadata that may differ from layer to layer: one for all, or one for each."""
     value = json.loads(metadata.get(key, str(default)))
     return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+
+
+def flash_attention_helps(type_k: int, type_v: int, longest_step: int, *, on_cpu: bool) -> bool:
+    """Whether llama.cpp's own choice of flash attention is a good one, for steps of up to `longest_step` tokens."""
+    if is_quantised(type_v):
+        return True  # quantised values exist with flash attention only
+    # llama.cpp's flash attention rounds f32 keys and values to f16 first: not for those who asked for f32.
+    # On the CPU it needs many queries at once: steps of 64 take 1.4 times as long with it as without.
+    return KV_TYPES["f32"] not in (type_k, type_v) and not (on_cpu and longest_step < _SMALL_STEP)
+
+
+def warn_of_rounding(config: SelfExtendConfig, type_k: int, *, n_layers: int, has_frame: bool) -> None:
+    """Warn (KeyPrecisionWarning) when keys of `n_layers` layers will be rewritten more often than their type stands.
+
+    With a frame each key is rewritten a few times only, unless the schedule regroups.
+    """
+    name = type_name(type_k)
+    often = n_layers > 0 and (config.regroups or not has_frame)
+    if often and config.n_moves > SAFE_REWRITES.get(name, config.n_moves):
+        rewrites = (
+            f"with schedule {config.schedule} rewrites keys up to"
+            if config.regroups
+            else "rewrites the keys of this model, which has sliding-window layers,"
+        )
+        warnings.warn(
+            f"reading {config.n_ctx} tokens {rewrites} "
+            f"{config.n_moves} times; {name} keys lose precision after {SAFE_REWRITES[name]}: use q8_0 or f16 keys",
+            KeyPrecisionWarning,
+            stacklevel=3,
+        )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,12 @@ from selfextend_gguf._native import (
     raise_interrupt,
     schedule_step,
 )
-from selfextend_gguf.config import SelfExtendConfig, plan, whole_cells
 from selfextend_gguf.context import SelfExtendContext
 from selfextend_gguf.drafting import StepLimitedDraft
 from selfextend_gguf.errors import (
     ConfigError,
     ContextFullError,
     EngineError,
-    KeyPrecisionWarning,
     PromptCacheError,
     SelfExtendError,
     StateError,
@@ -40,10 +36,10 @@ from selfextend_gguf.errors import (
     UnsupportedModelError,
 )
 from selfextend_gguf.grammar import GrammarSampler, check_grammar
-from selfextend_gguf.kept_states import KeptStates
-from selfextend_gguf.kv_cache import KV_TYPES, SAFE_REWRITES, is_quantised, type_name
-from selfextend_gguf.memory import Demand, check_memory, weights_bytes
+from selfextend_gguf.kv_cache import flash_attention_helps, warn_of_rounding
+from selfextend_gguf.memory import can_foresee, check_memory, demand_of
 from selfextend_gguf.model_info import ModelInfo, model_file_error, set_log_level
+from selfextend_gguf.planning import PARAMETERS, check_room, plan, whole_cells
 from selfextend_gguf.prompt_cache import (
     CopiedPrompt,
     SavedPrompt,
@@ -53,8 +49,8 @@ from selfextend_gguf.prompt_cache import (
     restore_sequence,
     write_prompt,
 )
+from selfextend_gguf.schedule import SelfExtendConfig
 
-_SMALL_STEP = 256  # tokens
 _PARENT_ARGUMENTS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "kwargs"}
 
 
@@ -78,6 +74,7 @@ class Llama(llama_cpp.Llama):
         max_distance: int | None = None,
         block_size: int | None = None,
         schedule: str | None = None,
+        model_info: ModelInfo | None = None,
         **kwargs: Any,
     ) -> None:
         """Load a model.
@@ -92,7 +89,8 @@ class Llama(llama_cpp.Llama):
             neighbor_window: Latest tokens that always keep their exact distance.
             max_distance: No query sees a distance of that many tokens or more; at most the trained context.
             block_size: Steps, in tokens, in which the boundary of the grouped keys moves.
-            schedule: One of `config.SCHEDULES`: "selfextend", "paper", "adagrope", "rerope", "leaky-rerope".
+            schedule: One of `schedule.SCHEDULES`: "selfextend", "paper", "adagrope", "rerope", "leaky-rerope".
+            model_info: The same file, if it is open already: it is not opened once more.
             kwargs: All other arguments of `llama_cpp.Llama`.
 
         The five parameters of Self-Extend are chosen by `plan` where None.
@@ -113,58 +111,65 @@ class Llama(llama_cpp.Llama):
                 raise ConfigError(f"{name} must be positive, not {value}")
         self._wanted_n_ctx = n_ctx
         self._flash_attn = flash_attn
-        self._plan_arguments: dict[str, Any] = {
-            "group_size": group_size,
-            "neighbor_window": neighbor_window,
-            "max_distance": max_distance,
-            "block_size": block_size,
-            "schedule": schedule,
-        }
+        numbers = (group_size, neighbor_window, max_distance, block_size, schedule)
+        self._plan_arguments: dict[str, Any] = dict(zip(PARAMETERS, numbers, strict=True))
         self._engine: Engine | None = None
-        #: Resolved parameters; None while `n_ctx` is within the trained context.
-        self.self_extend: SelfExtendConfig | None = None
         #: Called after every decode with (tokens done, tokens asked for) of the running `eval`.
         self.progress: Callable[[int, int], None] | None = None
-        #: Copies of what was read, for prompts that come again; None = the running text alone is reused.
-        self.kept_states: KeptStates | None = None
-        self._check_memory(model_path, n_ctx, n_batch, kwargs)
+        with contextlib.ExitStack() as opened:
+            info = model_info or opened.enter_context(ModelInfo(model_path, kv_overrides=kwargs.get("kv_overrides")))
+            #: Resolved parameters; None while `n_ctx` is within the trained context.
+            self.self_extend: SelfExtendConfig | None = self._plan(info.n_ctx_train)
+            if can_foresee(info, kwargs):
+                check_memory(demand_of(info, n_ctx, n_batch, flash_attn=flash_attn, **kwargs))
+        self._load(model_path, n_ctx, n_batch, kwargs)
+        if self._engine is not None and self.self_extend is not None:
+            self._extend(self._engine, self.self_extend)
+
+    def _plan(self, n_ctx_train: int) -> SelfExtendConfig | None:
+        """Parameters for the wanted context; None if it needs none, but not before all given ones are right."""
+        is_beyond = self._wanted_n_ctx > n_ctx_train
+        if not is_beyond and all(value is None for value in self._plan_arguments.values()):
+            return None
+        config = plan(
+            n_ctx_train, whole_cells(self._wanted_n_ctx) if is_beyond else n_ctx_train, **self._plan_arguments
+        )
+        return config if is_beyond else None
+
+    def _load(self, model_path: str, n_ctx: int, n_batch: int, arguments: dict[str, Any]) -> None:
+        """Load weights and make a context."""
+        note_log_errors(True)
         try:
             super().__init__(
                 model_path,
                 n_ctx=whole_cells(n_ctx),  # llama_cpp.Llama would size its token array without rounding
                 n_batch=min(n_ctx, n_batch) if n_ctx else n_batch,
-                flash_attn=bool(flash_attn),
-                **kwargs,
+                flash_attn=bool(self._flash_attn),
+                **arguments,
             )
         except SelfExtendError:
             raise
         except ValueError as error:
-            if "odel path" in str(error) or "load model" in str(error):
-                raise model_file_error(model_path) from error
-            if "create llama_context" in str(error):
+            if not hasattr(self, "spm_infill"):  # set when all arguments have been taken, before the model is loaded
+                raise ConfigError(str(error)) from error
+            if not hasattr(self, "_model"):
+                raise model_file_error(model_path, last_error()) from error
+            if not hasattr(self, "_ctx"):
                 raise EngineError(
                     f"llama.cpp could not create a context of {n_ctx} tokens for {model_path}: {last_error()}"
                 ) from error
             raise
         finally:
             note_log_errors(False)
-        if self._engine is not None and self.self_extend is not None:
-            try:
-                self._engine.attach(self._ctx.ctx)
-            except SelfExtendError:
-                self.close()
-                raise
-            self._warn_of_rounding(self._engine, self.self_extend)
-            self._ctx = SelfExtendContext(self._ctx, self._engine, self.self_extend)
-            if self.draft_model is not None:
-                config, n_batch = self.self_extend, self.n_batch
-                self.draft_model = StepLimitedDraft(self.draft_model, lambda n: schedule_step(config, n, n_batch))
 
     # llama_cpp.Llama.__init__ loads the model, then creates the context from `context_params` in one go. The
-    # assignment of `_model` is the moment between the two: the trained context is known, the callback can be set.
+    # assignment of `_model` is the moment between the two: the callback can be set.
     @property
     def _model(self) -> Any:
-        return self.__dict__["_model"]
+        try:
+            return self.__dict__["_model"]
+        except KeyError:
+            raise AttributeError("_model") from None
 
     @_model.setter
     def _model(self, model: Any) -> None:
@@ -173,79 +178,45 @@ class Llama(llama_cpp.Llama):
 
     def _prepare_context(self, model: Any) -> None:
         set_log_level(self.verbose)
+        note_log_errors(False)
+        note_log_errors(True)  # forget what loading said: from here on it is about the context
         params = self.context_params
         n_ctx_train = model.n_ctx_train()
-        n_ctx = params.n_ctx or n_ctx_train
-        if self._plan_arguments["schedule"] is not None or any(v is not None for v in self._plan_arguments.values()):
-            plan(n_ctx_train, n_ctx, **self._plan_arguments)  # say what is wrong even if unused
         if self.model_params.vocab_only:
+            self.self_extend = None
             return
-        note_log_errors(True)  # until the context exists, or llama.cpp has said why not
-        if self._wanted_n_ctx <= n_ctx_train:
-            self._choose_flash_attention(longest_step=self.n_batch)
+        config = self.self_extend
+        if self._flash_attn is None and flash_attention_helps(
+            params.type_k,
+            params.type_v,
+            self.n_batch if config is None else config.block_size,
+            on_cpu=self.model_params.n_gpu_layers == 0,
+        ):
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+        if config is None:
             return
         if params.embeddings:
             raise UnsupportedModelError(
-                f"embeddings are computed within the trained context: n_ctx must be at most {n_ctx_train}, not {n_ctx}"
+                f"embeddings are computed within the trained context: n_ctx must be at most {n_ctx_train}, "
+                f"not {self._wanted_n_ctx}"
             )
-        self.self_extend = plan(n_ctx_train, n_ctx, **self._plan_arguments)
-        self._choose_flash_attention(longest_step=self.self_extend.block_size)
-        self._engine = Engine(n_ctx)
+        self._engine = Engine(config.n_ctx)
         self._stack.callback(self._engine.close)  # after the context: the stack unwinds backwards
         params.cb_eval = EVAL_CALLBACK
         params.cb_eval_user_data = self._engine.user_data
 
-    def _choose_flash_attention(self, longest_step: int) -> None:
-        """Where nobody chose: llama.cpp's automatic choice, except where it is known to be the worse one."""
-        params = self.context_params
-        # llama.cpp's flash attention rounds f32 keys and values to f16 first: not for those who asked for f32.
-        wants_f32 = KV_TYPES["f32"] in (params.type_k, params.type_v)
-        # On the CPU it needs many queries at once: steps of 64 take 1.4 times as long with it as without.
-        small_steps_on_cpu = longest_step < _SMALL_STEP and self.model_params.n_gpu_layers == 0
-        # Quantised values exist with flash attention only.
-        needs_it = is_quantised(params.type_v)
-        if self._flash_attn is None and (needs_it or not (wants_f32 or small_steps_on_cpu)):
-            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
-
-    def _warn_of_rounding(self, engine: Engine, config: SelfExtendConfig) -> None:
-        name = type_name(self.context_params.type_k)
-        often = config.regroups or not engine.has_frame  # else each key is rewritten a few times only
-        if often and engine.n_layers and config.n_moves > SAFE_REWRITES.get(name, config.n_moves):
-            rewrites = (
-                f"with schedule {config.schedule} rewrites keys up to"
-                if config.regroups
-                else "rewrites the keys of this model, which has sliding-window layers,"
-            )
-            warnings.warn(
-                f"reading {config.n_ctx} tokens {rewrites} "
-                f"{config.n_moves} times; {name} keys lose precision after {SAFE_REWRITES[name]}: use q8_0 or f16 keys",
-                KeyPrecisionWarning,
-                stacklevel=3,
-            )
-
-    def _check_memory(self, model_path: str, n_ctx: int, n_batch: int, arguments: dict[str, Any]) -> None:
-        """Refuse what does not fit, before it is loaded."""
-        on_device = arguments.get("n_gpu_layers", 0) != 0 and arguments.get("offload_kqv", True)
-        if arguments.get("vocab_only") or (on_device and sys.platform != "darwin"):
-            return  # devices refuse by themselves, except where their memory is ours
-        with ModelInfo(model_path) as info:
-            if n_ctx > info.n_ctx_train > 0:
-                plan(info.n_ctx_train, n_ctx, **self._plan_arguments)  # what cannot be reached needs no memory
-            if not arguments.get("swa_full", True) and info.has_sliding_windows:
-                return  # sliding-window layers keep a part only, which llama.cpp alone can tell
-            type_k, type_v = (KV_TYPES["f16"] if t is None else t for t in map(arguments.get, ("type_k", "type_v")))
-            demand = Demand(
-                metadata=info.metadata,
-                weights=weights_bytes(info.path),
-                n_ctx=n_ctx or info.n_ctx_train,
-                n_batch=n_batch,
-                type_k=type_k,
-                type_v=type_v,
-                flash_attn=self._flash_attn is not False and KV_TYPES["f32"] not in (type_k, type_v),
-                is_mapped=arguments.get("use_mmap", True),
-            )
-        with contextlib.suppress(KeyError, IndexError, ValueError):  # sizes in a form we do not know: let llama.cpp try
-            check_memory(demand)
+    def _extend(self, engine: Engine, config: SelfExtendConfig) -> None:
+        """Attach the engine to the new context, and let it stand between the parent and the context."""
+        try:
+            engine.attach(self._ctx.ctx)
+        except SelfExtendError:
+            self.close()
+            raise
+        warn_of_rounding(config, self.context_params.type_k, n_layers=engine.n_layers, has_frame=engine.has_frame)
+        self._ctx = SelfExtendContext(self._ctx, engine, config)
+        if self.draft_model is not None:
+            n_batch = self.n_batch
+            self.draft_model = StepLimitedDraft(self.draft_model, lambda n: schedule_step(config, n, n_batch))
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -255,8 +226,7 @@ class Llama(llama_cpp.Llama):
         Raises ContextFullError when they do not fit; nothing is evaluated then.
         """
         n_new = len(tokens)
-        if self.n_tokens + n_new > self._n_ctx:
-            raise ContextFullError(f"Requested tokens ({self.n_tokens + n_new}) exceed context window of {self._n_ctx}")
+        check_room(self.n_tokens + n_new, self._n_ctx)
         self._remove_the_rest()
         done = 0
         while done < n_new:
@@ -276,12 +246,10 @@ class Llama(llama_cpp.Llama):
                 "call reset() and evaluate the text again"
             )
 
-    def generate(self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any) -> Iterator[int]:
-        """Generate tokens after a prompt, as `llama_cpp.Llama.generate` does, with the help of `kept_states`."""
-        if reset and self.kept_states is not None:
-            self.kept_states.prepare(self, tokens)
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+        """Generate tokens after a prompt, as `llama_cpp.Llama.generate` does."""
         try:
-            yield from super().generate(tokens, *args, reset=reset, **kwargs)
+            yield from super().generate(tokens, *args, **kwargs)
         except ContextFullError:
             # llama_cpp counts the tokens of an answer, but not where it waits for the rest of a character.
             if self.n_tokens < self._n_ctx:
@@ -345,8 +313,8 @@ class Llama(llama_cpp.Llama):
                 positions = np.arange(state.n_tokens, dtype=np.int32)
             self._check_state(state, positions)
             super().load_state(state)
-            if self._engine is not None:
-                self._engine.adopt_key_positions(positions)
+            if isinstance(self._ctx, SelfExtendContext):
+                self._ctx.adopt_key_positions(positions)
         except (StateError, RuntimeError, ValueError) as error:
             self._clear()
             raise StateError(f"the saved state cannot be restored: {error}") from error
@@ -411,8 +379,8 @@ class Llama(llama_cpp.Llama):
         self._clear()
         try:
             saved = restore()
-            if self._engine is not None:
-                self._engine.adopt_key_positions(saved.key_positions)
+            if isinstance(self._ctx, SelfExtendContext):
+                self._ctx.adopt_key_positions(saved.key_positions)
             elif saved.is_grouped:
                 raise PromptCacheError(f"{name} holds grouped keys, which need a context beyond the trained one")
         except BaseException:

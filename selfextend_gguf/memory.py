@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from selfextend_gguf.config import CELL_MULTIPLE, whole_cells
 from selfextend_gguf.errors import MemoryTightWarning, NotEnoughMemoryError
 from selfextend_gguf.kv_cache import KV_TYPES, kv_cache_bytes, per_layer
+from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.planning import CELL_MULTIPLE, whole_cells
 
 _LARGEST_STEP = 512  # tokens llama.cpp computes at once (n_ubatch)
 
@@ -30,6 +34,7 @@ class Demand:
     type_v: int
     flash_attn: bool
     is_mapped: bool  # weights stay in their file, which the system may drop from memory and read again
+    n_logits: int = 0  # elements kept of a token: the vocabulary with `logits_all`
 
     @property
     def kv_cache(self) -> int:
@@ -51,6 +56,11 @@ class Demand:
         return n_step * (self.n_ctx * scores + 4 * wide)
 
     @property
+    def logits(self) -> int:
+        """Bytes of the kept logits."""
+        return 4 * self.n_logits * whole_cells(self.n_ctx)
+
+    @property
     def total(self) -> int:
         """Bytes in all."""
         return self.weights + self.allocated_beside
@@ -58,16 +68,18 @@ class Demand:
     @property
     def allocated_beside(self) -> int:
         """Bytes beside the weights, which must be memory."""
-        return self.kv_cache + self.compute
+        return self.kv_cache + self.compute + self.logits
 
     def __str__(self) -> str:
+        logits = f", logits of all tokens {gib(self.logits)}" if self.logits else ""
         return (
-            f"{self.n_ctx} tokens need {_gib(self.total)} (weights {_gib(self.weights)}, "
-            f"KV cache {_gib(self.kv_cache)}, computing {_gib(self.compute)})"
+            f"{self.n_ctx} tokens need {gib(self.total)} (weights {gib(self.weights)}, "
+            f"KV cache {gib(self.kv_cache)}, computing {gib(self.compute)}{logits})"
         )
 
 
-def _gib(n_bytes: int) -> str:
+def gib(n_bytes: int) -> str:
+    """A size for people to read."""
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 // 10 else f"{n_bytes / 2**20:.1f} MiB"
 
 
@@ -78,32 +90,72 @@ def weights_bytes(path: Path) -> int:
     return sum(part.stat().st_size for part in parts)
 
 
+def demand_of(info: ModelInfo, n_ctx: int, n_batch: int, *, flash_attn: bool | None, **arguments: Any) -> Demand:
+    """What `Llama` would ask for with these arguments; n_ctx 0 = the trained context."""
+    type_k, type_v = (KV_TYPES["f16"] if t is None else t for t in map(arguments.get, ("type_k", "type_v")))
+    return Demand(
+        metadata=info.metadata,
+        weights=weights_bytes(info.path),
+        n_ctx=n_ctx or info.n_ctx_train,
+        n_batch=n_batch,
+        type_k=type_k,
+        type_v=type_v,
+        flash_attn=flash_attn is not False and KV_TYPES["f32"] not in (type_k, type_v),
+        is_mapped=arguments.get("use_mmap", True),
+        n_logits=info.model.n_vocab() if arguments.get("logits_all") else 0,
+    )
+
+
+def can_foresee(info: ModelInfo, arguments: Mapping[str, Any]) -> bool:
+    """Whether `Demand` tells what these arguments of `Llama` take from the machine's memory."""
+    on_device = arguments.get("n_gpu_layers", 0) != 0 and arguments.get("offload_kqv", True)
+    if arguments.get("vocab_only") or (on_device and sys.platform != "darwin"):
+        return False  # devices refuse by themselves, except where their memory is ours
+    # With swa_full=False sliding-window layers keep a part only, which llama.cpp alone can tell.
+    return bool(arguments.get("swa_full", True)) or not info.has_sliding_windows
+
+
 def check_memory(demand: Demand) -> None:
     """Refuse what cannot fit: llama.cpp would be killed while it reads. Warn of what fits beside nothing else.
 
-    Raises NotEnoughMemoryError, and warns with MemoryTightWarning; both name the options that would fit.
+    Sizes in a form that is not known here are let through. Raises NotEnoughMemoryError, and warns with
+    MemoryTightWarning; both name the options that would fit.
     """
+    with contextlib.suppress(KeyError, IndexError, ValueError):
+        _check_memory(demand)
+
+
+def _check_memory(demand: Demand) -> None:
     memory = psutil.virtual_memory()
-
-    def fits(d: Demand) -> bool:
-        needed_now = d.allocated_beside if d.is_mapped else d.total
-        return needed_now <= memory.available and d.total <= memory.total
-
-    def fits_easily(d: Demand) -> bool:
-        return d.total <= memory.available
-
-    if not fits(demand):
+    if not _fits(demand):
         raise NotEnoughMemoryError(
-            f"{demand}, {_gib(memory.available)} of {_gib(memory.total)} of memory are available: "
-            f"{_advice(demand, fits)}"
+            f"{demand}, {gib(memory.available)} of {gib(memory.total)} of memory are available: "
+            f"{_advice(demand, _fits)}"
         )
-    if not fits_easily(demand):
+    if not _fits_easily(demand):
         warnings.warn(
-            f"{demand}, {_gib(memory.available)} of memory are available: weights will be read from disk again and "
-            f"again, which is slow; {_advice(demand, fits_easily)}",
+            f"{demand}, {gib(memory.available)} of memory are available: weights will be read from disk again and "
+            f"again, which is slow; {_advice(demand, _fits_easily)}",
             MemoryTightWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
+
+
+def _fits(demand: Demand) -> bool:
+    memory = psutil.virtual_memory()
+    needed_now = demand.allocated_beside if demand.is_mapped else demand.total
+    return needed_now <= memory.available and demand.total <= memory.total
+
+
+def _fits_easily(demand: Demand) -> bool:
+    return demand.total <= psutil.virtual_memory().available
+
+
+def largest_fitting(demand: Demand, fits: Callable[[Demand], bool] = _fits_easily) -> int:
+    """The largest context of at most `demand.n_ctx` tokens that fits the memory beside nothing else; 0 if none does."""
+    sizes = range(CELL_MULTIPLE, demand.n_ctx + 1, CELL_MULTIPLE)
+    n_fitting = bisect_right(sizes, 0, key=lambda n: not fits(replace(demand, n_ctx=n)))
+    return sizes[n_fitting - 1] if n_fitting else 0
 
 
 def _advice(demand: Demand, fits: Callable[[Demand], bool]) -> str:
@@ -114,10 +166,9 @@ def _advice(demand: Demand, fits: Callable[[Demand], bool]) -> str:
         if smaller.kv_cache < demand.kv_cache and fits(smaller):
             advice.append(f"-ctk {name} -ctv {name}")
             break
-    sizes = range(CELL_MULTIPLE, demand.n_ctx, CELL_MULTIPLE)
-    n_fitting = bisect_right(sizes, 0, key=lambda n: not fits(replace(demand, n_ctx=n)))
-    if n_fitting:
-        advice.append(f"--ctx {sizes[n_fitting - 1]}")
+    fitting = largest_fitting(replace(demand, n_ctx=demand.n_ctx - 1), fits)
+    if fitting:
+        advice.append(f"--ctx {fitting}")
     if not advice:
         return "take a smaller model, or close other programs"
     return f"it would fit with {' or '.join(advice)} (type_k, type_v and n_ctx of Llama)"

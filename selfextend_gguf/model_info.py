@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -10,15 +11,15 @@ import llama_cpp
 import llama_cpp._internals as internals
 from llama_cpp._logger import logger, set_verbose
 
-from selfextend_gguf._native import EVAL_CALLBACK, Engine
-from selfextend_gguf.errors import ModelFileError, UnsupportedModelError
+from selfextend_gguf._native import last_error, note_log_errors
+from selfextend_gguf.errors import ModelFileError
 from selfextend_gguf.kv_cache import kv_cache_bytes
 
 _MAGIC = b"GGUF"
 
 
-def model_file_error(path: str | Path) -> ModelFileError:
-    """Why llama.cpp did not load `path`, as an error to raise."""
+def model_file_error(path: str | Path, reason: str = "") -> ModelFileError:
+    """Why llama.cpp did not load `path`, as an error to raise; `reason` is what llama.cpp said of it."""
     path = Path(path)
     if not path.exists():
         return ModelFileError(f"Model path does not exist: {path}")
@@ -33,10 +34,8 @@ def model_file_error(path: str | Path) -> ModelFileError:
         return ModelFileError(f"{path} is empty")
     if magic != _MAGIC:
         return ModelFileError(f"{path} is not a GGUF file")
-    return ModelFileError(
-        f"Failed to load model from file: {path} (damaged, truncated, or of an architecture that the llama.cpp in "
-        f"llama-cpp-python {llama_cpp.__version__} does not know)"
-    )
+    reason = reason.removeprefix("error loading model: ") or "llama.cpp does not say why"
+    return ModelFileError(f"Failed to load model from file: {path}: {reason}")
 
 
 def set_log_level(verbose: bool) -> None:
@@ -58,21 +57,26 @@ def load_model(path: str | Path, *, vocab_only: bool, verbose: bool = False) -> 
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
+    note_log_errors(True)
     try:
         return internals.LlamaModel(path_model=str(path), params=params, verbose=verbose)
     except ValueError as error:
-        raise model_file_error(path) from error
+        raise model_file_error(path, last_error()) from error
+    finally:
+        note_log_errors(False)
 
 
 class ModelInfo:
     """Metadata and tokenizer of a GGUF file. Use as a context manager or call `close`."""
 
-    def __init__(self, path: str | Path, *, verbose: bool = False) -> None:
-        """Raises ModelFileError."""
+    def __init__(
+        self, path: str | Path, *, verbose: bool = False, kv_overrides: Mapping[str, object] | None = None
+    ) -> None:
+        """`kv_overrides` replace metadata, as in `Llama`. Raises ModelFileError."""
         self.path = Path(path)
-        self._verbose = verbose
         self.model = load_model(path, vocab_only=True, verbose=verbose)
-        self.metadata: dict[str, str] = self.model.metadata()
+        overrides = {key: str(value) for key, value in (kv_overrides or {}).items()}
+        self.metadata: dict[str, str] = self.model.metadata() | overrides
         self.architecture = self.metadata.get("general.architecture", "unknown")
 
     def __enter__(self) -> ModelInfo:
@@ -159,27 +163,3 @@ class ModelInfo:
     def n_layers(self) -> int:
         """Layers of the model."""
         return int(self.metadata.get(f"{self.architecture}.block_count", 0))
-
-    def examine(self) -> tuple[str | None, int]:
-        """Why Self-Extend cannot extend this model (None if it can), and the number of layers whose keys it rewrites.
-
-        Loads the model and decodes one token, so that the answer is the engine's own.
-        """
-        model = load_model(self.path, vocab_only=False, verbose=self._verbose)
-        n_ctx = 256
-        engine = Engine(n_ctx)
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
-        params.cb_eval = EVAL_CALLBACK
-        params.cb_eval_user_data = engine.user_data
-        try:
-            context = internals.LlamaContext(model=model, params=params, verbose=self._verbose)
-            engine.attach(context.ctx)
-            return None, engine.n_layers
-        except UnsupportedModelError as error:
-            return str(error), 0
-        except ValueError:
-            return "llama.cpp cannot create a context for it", 0
-        finally:
-            model.close()  # frees the context first
-            engine.close()

@@ -72,23 +72,22 @@ def _template_error(error: Exception) -> ConfigError:
     return ConfigError(f"the model's chat template failed ({error}); --raw leaves it out")
 
 
-def raw_prompt(info: ModelInfo, text: str) -> Prompt:
-    """`text` as it is, with the model's BOS token if it wants one."""
-    return _prompt(info, render_raw(info, [{"role": "user", "content": text}]))
+def uses_template(info: ModelInfo, *, raw: bool) -> bool:
+    """Whether messages are put into the model's chat template: if it has one, unless they shall stay as they are."""
+    return info.chat_template is not None and not raw
 
 
-def chat_prompt(info: ModelInfo, text: str, system: str | None = None) -> Prompt:
-    """`text` as a user's message in the model's own chat template.
+def render(info: ModelInfo, messages: Sequence[Message], *, raw: bool) -> Rendering:
+    """The messages as one text to complete. Raises ConfigError when the model's template fails."""
+    return render_chat(info, messages) if uses_template(info, raw=raw) else render_raw(info, messages)
 
-    Raises ConfigError when the model has no template or its template fails.
-    """
-    return _prompt(info, render_chat(info, with_system(system, [{"role": "user", "content": text}])))
+
+def make_prompt(info: ModelInfo, text: str, system: str | None = None, *, raw: bool = False) -> Prompt:
+    """`text` as a user's message. Raises ConfigError when the model's template fails."""
+    rendering = render(info, with_system(system, [{"role": "user", "content": text}]), raw=raw)
+    return Prompt(info.tokenize(rendering.text.encode(), add_bos=rendering.add_bos), rendering.stop)
 
 
 def with_system(system: str | None, messages: Sequence[Message]) -> list[Message]:
     """The messages after a system message, if there is one."""
     return [*([] if system is None else [{"role": "system", "content": system}]), *messages]
-
-
-def _prompt(info: ModelInfo, rendering: Rendering) -> Prompt:
-    return Prompt(info.tokenize(rendering.text.encode(), add_bos=rendering.add_bos), rendering.stop)

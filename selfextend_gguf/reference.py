@@ -16,8 +16,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from selfextend_gguf.config import SelfExtendConfig
-from selfextend_gguf.schedule import schedule_positions_numpy
+from selfextend_gguf.schedule import SelfExtendConfig, schedule_positions_numpy
 
 Array = npt.NDArray[np.float64]
 # (n_cached, n_total) -> key positions P(0..n_cached-1)

@@ -12,23 +12,77 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from selfextend_gguf.errors import ConfigError
 
-if TYPE_CHECKING:
-    from selfextend_gguf.config import SelfExtendConfig
-
 Integers = TypeVar("Integers", int, npt.NDArray[np.int64])
 LONGEST = 2**30  #: tokens; no text may be longer
+#: Of the trained context, the distances that are used where they suffice: the largest ones are those that a model has
+#: seen least. docs/schedules.md tells what they cost.
+TRUSTED_DISTANCES = Fraction(3, 4)
 _TILE = 64
 # Groups of more tokens than the model ever saw at once have lost any order that its distances could express.
 # Models trained on next to nothing (tests have some) may group this many all the same.
 _SMALLEST_LIMIT = 256
+
+
+@dataclass(frozen=True)
+class SelfExtendConfig:
+    """Resolved parameters; all lengths in tokens. `str(config)` explains them in a sentence.
+
+    With `n_ctx` within the trained context `group_size` is 1 and nothing is ever rewritten.
+    """
+
+    n_ctx_train: int  #: trained context L
+    n_ctx: int  #: longest text
+    schedule: str  #: one of SCHEDULES
+    group_size: int  #: G: tokens outside the window that share one key position; where they differ, the most that do
+    neighbor_window: int  #: W: latest tokens that always keep their exact distance
+    max_distance: int  #: D: no query sees a distance of D or more
+    block_size: int  #: the boundary between grouped and exact tokens moves in such steps
+    n_batch: int  #: a step of so many tokens works wherever it starts
+
+    @property
+    def is_active(self) -> bool:
+        """Whether keys are ever grouped."""
+        return self.group_size > 1
+
+    @property
+    def longest_context(self) -> int:
+        """Longest text these numbers reach, in tokens."""
+        return RULES[self.schedule].longest_context(self)
+
+    @property
+    def n_moves(self) -> int:
+        """How often keys move while `n_ctx` tokens are read."""
+        return RULES[self.schedule].n_moves(self) if self.is_active else 0
+
+    @property
+    def regroups(self) -> bool:
+        """Whether a key is rewritten again and again as the text grows, and not only when it enters a group."""
+        return RULES[self.schedule].regroups
+
+    def __str__(self) -> str:
+        if not self.is_active:
+            return (
+                f"{self.n_ctx} tokens fit the trained context of {self.n_ctx_train}: "
+                "plain llama.cpp, nothing is grouped."
+            )
+        rule = RULES[self.schedule]
+        return (
+            f"Up to {self.n_ctx} tokens ({self.n_ctx / self.n_ctx_train:.3g}x the trained {self.n_ctx_train}): "
+            f"{rule.begins(self)}, {rule.sharing(self)}, "
+            f"at least the latest {self.neighbor_window} keep their exact distance, "
+            f"and no distance reaches {self.max_distance} (schedule {self.schedule}, "
+            f"block {self.block_size})."
+        )
 
 
 def whole_tiles(n: int, most: int) -> int:
@@ -125,8 +179,7 @@ class SelfExtend(Schedule):
     name = "selfextend"
 
     def default_distances(self, n_ctx_train: int) -> tuple[int, ...]:
-        # The largest distances are those that a model has seen least: docs/schedules.md tells what they cost.
-        return (max(8, 3 * n_ctx_train // 4), n_ctx_train)
+        return (max(8, int(TRUSTED_DISTANCES * n_ctx_train)), n_ctx_train)
 
     def default_block(self, free: int, n_batch: int, size: int) -> int:
         # Moving the boundary by one block makes room for block - block//size tokens: as many as whole tiles.
@@ -361,6 +414,7 @@ class LeakyReRoPE(FixedWindow):
 
 #: Schedules by name, in the order of `enum sx_schedule`.
 RULES: dict[str, Schedule] = {rule.name: rule for rule in (SelfExtend(), Paper(), AdaGroPE(), ReRoPE(), LeakyReRoPE())}
+SCHEDULES = tuple(RULES)
 
 
 def schedule_positions_numpy(config: SelfExtendConfig, n_cached: int, n_total: int) -> npt.NDArray[np.int32]:

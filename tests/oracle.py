@@ -20,10 +20,9 @@ from llama_cpp._internals import LlamaBatch, LlamaContext, LlamaModel
 
 from selfextend_gguf import Llama
 from selfextend_gguf._native import schedule_step
-from selfextend_gguf.config import SelfExtendConfig
 from selfextend_gguf.errors import UnsupportedModelError
 from selfextend_gguf.model_info import set_log_level
-from selfextend_gguf.schedule import schedule_positions_numpy
+from selfextend_gguf.schedule import SelfExtendConfig, schedule_positions_numpy
 
 set_log_level(verbose=False)
 

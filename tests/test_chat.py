@@ -17,8 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 from families import FAMILIES, write_family
 from helpers import SHAPES
-from selfextend_gguf.cli import main
 
+from selfextend_gguf.cli import main
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.tiny.model_file import random_tensors, write_llama
 

@@ -18,11 +18,11 @@ import pytest
 from click.testing import CliRunner, Result
 from families import FAMILIES, write_family
 from helpers import SHAPES
-from selfextend_gguf.cli import main
 
-from selfextend_gguf.bench import write_random_model
+from selfextend_gguf.cli import main
+from selfextend_gguf.evaluation.bench import write_random_model
 from selfextend_gguf.models import TINY_MODEL
-from selfextend_gguf.tiny.data import key_task
+from selfextend_gguf.tiny.keys import key_task
 from selfextend_gguf.tiny.model_file import LlamaShape
 
 COMMAND = [str(Path(sys.executable).with_name("sx-gguf"))]

@@ -11,14 +11,14 @@ import gguf
 import numpy as np
 import pytest
 from helpers import SHAPES
-from selfextend_gguf.cli.interrupts import deferred_interrupts
 
 from selfextend_gguf import Llama
+from selfextend_gguf.cli.interrupts import deferred_interrupts
 from selfextend_gguf.conversation import Conversation
 from selfextend_gguf.errors import ContextFullError, ConversationError, PromptCacheError
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import TINY_MODEL
-from selfextend_gguf.prompt import chat_prompt, raw_prompt
+from selfextend_gguf.prompt import make_prompt
 from selfextend_gguf.reference import Reference
 from selfextend_gguf.tiny import model_file
 from selfextend_gguf.tiny.model_file import LlamaShape, byte_characters, random_tensors, write_llama
@@ -340,10 +340,10 @@ def test_text_that_goes_on_gets_no_space_before_it(tmp_path, monkeypatch):
 def test_a_single_message_is_a_conversation_of_one(chat_model, opened):
     chat = opened(chat_model, system="Be brief.")
     chat.ask("hello", max_tokens=1)
-    assert chat.llm.input_ids[: chat.llm.n_tokens].tolist() == chat_prompt(chat.info, "hello", "Be brief.").tokens
+    assert chat.llm.input_ids[: chat.llm.n_tokens].tolist() == make_prompt(chat.info, "hello", "Be brief.").tokens
     raw = opened(chat_model, raw=True)
     raw.ask("hello", max_tokens=1)
-    assert raw.llm.input_ids[: raw.llm.n_tokens].tolist() == raw_prompt(raw.info, "hello").tokens
+    assert raw.llm.input_ids[: raw.llm.n_tokens].tolist() == make_prompt(raw.info, "hello", raw=True).tokens
 
 
 # ---- files ---------------------------------------------------------------------------------------------------

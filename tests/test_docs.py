@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from selfextend_gguf.cli import main
 from selfextend_gguf.cli.chat import COMMANDS
 
@@ -52,5 +53,6 @@ def test_the_error_table_covers_every_status_of_the_library():
     from selfextend_gguf import _native
 
     header = (ROOT / "native" / "selfextend.h").read_text(encoding="utf-8")
-    codes = {int(code) for code in re.findall(r"SX_ERR_\w+ += (-\d+),", header)}
-    assert codes == set(_native._ERRORS) | {_native._ABORTED}
+    codes = {name: int(code) for name, code in re.findall(r"SX_(OK|ERR_\w+) += +(-?\d+),", header)}
+    assert codes == {status.name: status.value for status in _native.Status}
+    assert set(_native._ERRORS) == set(_native.Status) - {_native.Status.OK, _native.Status.ERR_ABORTED}

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from helpers import F32
-from selfextend_gguf.cli import main
 
 from selfextend_gguf import Llama, plan
-from selfextend_gguf.config import SCHEDULES
+from selfextend_gguf.cli import main
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.evaluation import study
 from selfextend_gguf.evaluation.perplexity import by_position, compare, perplexity, perplexity_ratio, stretches
 from selfextend_gguf.evaluation.readers import METHODS, open_reader, token_losses
 from selfextend_gguf.evaluation.tune import candidates, parameters_of, tune
 from selfextend_gguf.models import TINY_MODEL, TINY_MODELS
+from selfextend_gguf.schedule import SCHEDULES
+from selfextend_gguf.studies import methods as study
 
 MODEL = str(TINY_MODEL)
 

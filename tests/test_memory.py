@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from click.testing import CliRunner
-from selfextend_gguf.cli import main
 
 from selfextend_gguf import Llama
-from selfextend_gguf.bench import write_random_model
+from selfextend_gguf.cli import main
 from selfextend_gguf.errors import MemoryTightWarning, NotEnoughMemoryError
+from selfextend_gguf.evaluation.bench import write_random_model
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.memory import Demand, weights_bytes
 from selfextend_gguf.model_info import ModelInfo

@@ -9,7 +9,8 @@ import pytest
 
 from selfextend_gguf import SelfExtendError, plan, schedule_positions
 from selfextend_gguf._native import schedule_step
-from selfextend_gguf.config import SCHEDULES, default_context, longest_context
+from selfextend_gguf.planning import default_context, longest_context
+from selfextend_gguf.schedule import SCHEDULES
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

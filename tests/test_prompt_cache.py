@@ -19,12 +19,12 @@ import pytest
 from helpers import F32, logits_of_parts, random_tokens, relative_error
 
 from selfextend_gguf import Llama
-from selfextend_gguf.bench import write_random_model
-from selfextend_gguf.config import SCHEDULES
 from selfextend_gguf.errors import ForeignPromptCacheError, PromptCacheError
+from selfextend_gguf.evaluation.bench import write_random_model
 from selfextend_gguf.models import TINY_MODEL, TINY_MODELS
 from selfextend_gguf.prompt_cache import read_prompt_header
 from selfextend_gguf.reference import Reference
+from selfextend_gguf.schedule import SCHEDULES
 from selfextend_gguf.tiny.model_file import LlamaShape
 
 MODEL = str(TINY_MODEL)

@@ -12,9 +12,9 @@ from helpers import F32, SHAPES, random_tokens, relative_error
 
 from selfextend_gguf import Llama, plan, schedule_positions
 from selfextend_gguf._native import schedule_step
-from selfextend_gguf.config import SCHEDULES
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.reference import Reference
+from selfextend_gguf.schedule import SCHEDULES
 
 MODELS = [*SHAPES, "bundled"]
 

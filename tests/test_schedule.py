@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from selfextend_gguf import plan, schedule_positions
 from selfextend_gguf._native import schedule_step
-from selfextend_gguf.config import SCHEDULES, SelfExtendConfig
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.schedule import RULES, adagrope_map, schedule_positions_numpy
+from selfextend_gguf.schedule import RULES, SCHEDULES, SelfExtendConfig, adagrope_map, schedule_positions_numpy
 
 
 def steps_of(config: SelfExtendConfig) -> list[tuple[int, int]]:

@@ -24,12 +24,12 @@ import uvicorn
 from llama_cpp.server.settings import ServerSettings
 
 from selfextend_gguf import Llama
-from selfextend_gguf.kept_states import KeptStates
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.reference import Reference
 from selfextend_gguf.server.app import create_app
+from selfextend_gguf.server.kept_prompts import KeptPrompts
 from selfextend_gguf.server.models import OneModelAtATime, ServedModel
-from selfextend_gguf.tiny.data import key_task
+from selfextend_gguf.tiny.keys import key_task
 from selfextend_gguf.tiny.model_file import LlamaShape, write_llama
 
 COMMAND = [str(Path(sys.executable).with_name("sx-gguf")), "serve"]
@@ -402,7 +402,7 @@ def here():
     """A server in this process, where it can be seen how far the model has got: (URL, models)."""
     nothing = {"group_size": None, "neighbor_window": None, "max_distance": None, "block_size": None, "schedule": None}
     arguments = nothing | {"verbose": False}
-    nothing_kept = lambda: KeptStates(0)  # noqa: E731
+    nothing_kept = lambda: KeptPrompts(0)  # noqa: E731
     served = [ServedModel.from_file(TINY_MODEL, name, 16384, arguments, nothing_kept) for name in ("tiny", "other")]
     models = OneModelAtATime(served)
     app = create_app(models, ServerSettings(interrupt_requests=False))
@@ -584,13 +584,13 @@ def test_questions_about_one_document_read_it_once(here, heldout_text):
     url, models = here
     llm, seen = models._llm, []
     fresh = Llama(MODEL, n_ctx=16384, verbose=False)
-    hook, states = llm.progress, llm.kept_states
+    hook, states = llm.progress, llm.kept_prompts
 
     def counted(done: int, total: int) -> None:
         seen.append(total if done == total else 0)
         hook(done, total)
 
-    llm.progress, llm.kept_states = counted, KeptStates(2**30)
+    llm.progress, llm.kept_prompts = counted, KeptPrompts(2**30)
     try:
         n_read = []
         for question in ("And Paul said", "And Peter said unto them", "The chief captain", "And he"):
@@ -602,7 +602,7 @@ def test_questions_about_one_document_read_it_once(here, heldout_text):
             wanted = fresh(body["prompt"], max_tokens=100, temperature=0)["choices"][0]["text"]
             assert answer["choices"][0]["text"] == wanted
     finally:
-        llm.progress, llm.kept_states = hook, states
+        llm.progress, llm.kept_prompts = hook, states
     assert n_read[0] >= 3000
     assert max(n_read[1:]) < 300
 

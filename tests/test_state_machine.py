@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 )
 
 from selfextend_gguf import Llama, SelfExtendConfig
-from selfextend_gguf.config import SCHEDULES
 from selfextend_gguf.reference import Reference
+from selfextend_gguf.schedule import SCHEDULES
 from selfextend_gguf.tiny.model_file import random_tensors, write_llama
 
 N_CTX = 256  # four trained contexts

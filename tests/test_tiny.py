@@ -9,24 +9,21 @@ import pytest
 from selfextend_gguf import Llama
 from selfextend_gguf.evaluation.readers import open_reader
 from selfextend_gguf.models import DEMO_TEXT, TINY_MODEL
-from selfextend_gguf.tiny import data
-from selfextend_gguf.tiny.cache_types import REWRITES, quality, rewrite_errors
-from selfextend_gguf.tiny.evaluate import (
-    retrieval,
-    retrieval_tasks,
-)
+from selfextend_gguf.studies.cache_types import REWRITES, quality, rewrite_errors
+from selfextend_gguf.studies.quality import fraction_found, key_tasks
+from selfextend_gguf.tiny import batches, keys
 from selfextend_gguf.tiny.model_file import LlamaShape
 
 
 def test_batches_have_one_weight_for_each_predicted_token(heldout_text):
     text = np.frombuffer(heldout_text.encode(), np.uint8)
-    words = data.vocabulary_words(text)
+    words = batches.vocabulary_words(text)
     rng = np.random.default_rng(0)
     for tokens, weights in (
-        data.text_batch(rng, text, 4, 100),
-        data.copy_batch(rng, text, 4, 100),
-        data.partial_copy_batch(rng, text, 4, 100),
-        data.retrieval_batch(rng, text, words, 16, 256),
+        batches.text_batch(rng, text, 4, 100),
+        batches.copy_batch(rng, text, 4, 100),
+        batches.partial_copy_batch(rng, text, 4, 100),
+        batches.retrieval_batch(rng, text, words, 16, 256),
     ):
         assert tokens.shape == (weights.shape[0], weights.shape[1] + 1)
         assert tokens.min() >= 0
@@ -35,7 +32,7 @@ def test_batches_have_one_weight_for_each_predicted_token(heldout_text):
 
 def test_retrieval_rows_weigh_the_answer_and_not_the_fact(heldout_text):
     text = np.frombuffer(heldout_text.encode(), np.uint8)
-    tokens, weights = data.retrieval_batch(np.random.default_rng(1), text, ["oak"], 8, 256)
+    tokens, weights = batches.retrieval_batch(np.random.default_rng(1), text, ["oak"], 8, 256)
     for row, weight in zip(tokens, weights, strict=True):
         heavy = bytes(row[1:][weight == weight.max()].astype(np.uint8))
         assert heavy.isdigit()
@@ -46,7 +43,7 @@ def test_retrieval_rows_weigh_the_answer_and_not_the_fact(heldout_text):
 
 @pytest.mark.parametrize("depth", [0.0, 0.05, 0.5, 1.0])
 def test_a_key_task_hides_its_key_where_asked(heldout_text, depth):
-    task = data.key_task(np.random.default_rng(2), heldout_text, 1000, depth)
+    task = keys.key_task(np.random.default_rng(2), heldout_text, 1000, depth)
     assert len(task.prompt) == 1000
     assert task.prompt.count(task.answer) == 1
     assert abs(task.prompt.index(task.answer) / 1000 - depth) < 0.12
@@ -55,7 +52,7 @@ def test_a_key_task_hides_its_key_where_asked(heldout_text, depth):
 
 def test_a_key_task_needs_room(heldout_text):
     with pytest.raises(ValueError, match="no room"):
-        data.key_task(np.random.default_rng(2), heldout_text, 40, 0.5)
+        keys.key_task(np.random.default_rng(2), heldout_text, 40, 0.5)
 
 
 def test_every_byte_survives_the_vocabulary():
@@ -84,7 +81,7 @@ def test_training_learns(tmp_path, heldout_text):
     stages = [
         Stage("text", 25, 64, (8, 0, 0)),
         Stage("retrieval", 5, 192, (2, 2, 2)),
-        Stage("sharpen", 5, 192, (2, 2, 2), 0.4, data.partial_copy_batch),
+        Stage("sharpen", 5, 192, (2, 2, 2), 0.4, batches.partial_copy_batch),
     ]
     train(text[:-20000], text[-20000:], model, Recipe(stages, warm_up=5), log_every=10, log=lines.append)
     losses = [float(line.split(" loss ")[1].split()[0]) for line in lines if " loss " in line]
@@ -124,18 +121,18 @@ def quantised(tmp_path_factory):
 def test_key_retrieval_with_automatic_parameters(heldout_text, n_tokens):
     """40 keys a length at depths from 5 % to 95 %, greedy."""
     llm = Llama(str(TINY_MODEL), n_ctx=n_tokens + 64, verbose=False)
-    assert retrieval(llm, retrieval_tasks(heldout_text, n_tokens, 40)) >= 0.98
+    assert fraction_found(llm, key_tasks(heldout_text, n_tokens, 40)) >= 0.98
 
 
 def test_plain_llama_cpp_finds_nothing(heldout_text):
     llm = llama_cpp.Llama(str(TINY_MODEL), n_ctx=1280, verbose=False)
-    assert retrieval(llm, retrieval_tasks(heldout_text, 1024, 40)) <= 0.05
+    assert fraction_found(llm, key_tasks(heldout_text, 1024, 40)) <= 0.05
 
 
 @pytest.mark.parametrize("name", ["F16", "Q4_0"])
 def test_other_quantisations_find_keys_too(quantised, heldout_text, name):
     llm = Llama(str(quantised[name]), n_ctx=1100, verbose=False)
-    assert retrieval(llm, retrieval_tasks(heldout_text, 1024, 20)) >= 0.9
+    assert fraction_found(llm, key_tasks(heldout_text, 1024, 20)) >= 0.9
 
 
 @pytest.mark.parametrize("n_tokens", [512, 2048, 4096])

@@ -42,6 +42,11 @@ def perplexity_ratio(losses: Losses, reference: Losses) -> Estimate:
     return Estimate(ratio, ratio * float((losses - reference).std()) / sqrt(len(losses)))
 
 
+def second_half(losses: Losses) -> Losses:
+    """Losses (..., n) of the tokens that have at least as much text before them as after them."""
+    return losses[..., losses.shape[-1] // 2 :]
+
+
 @dataclass(frozen=True)
 class LengthResult:
     """One method at one text length. Losses are those of the second halves of the texts."""
@@ -92,7 +97,7 @@ def compare(
                 losses = np.stack([reader.losses(text) for text in texts])
             finally:
                 reader.close()
-            late = losses[:, n_tokens // 2 :].ravel()
+            late = second_half(losses).ravel()
             reference = late if reference is None else reference
             results.append(LengthResult(method, n_tokens, perplexity(late), perplexity_ratio(late, reference), losses))
     return results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def plot_perplexity(results: Sequence[LengthResult], path: Path, title: str, n_ctx_train: int) -> None:
+def plot_perplexity(results: Sequence[LengthResult], file: BinaryIO | Path, title: str, n_ctx_train: int) -> None:
     """Perplexity against position, one line a method, as PNG: each method at the longest length it was measured at."""
     figure, axes = _figure(9, 5.5)
     longest = {r.method: r for r in sorted(results, key=lambda r: r.n_tokens)}
@@ -33,11 +33,15 @@ def plot_perplexity(results: Sequence[LengthResult], path: Path, title: str, n_c
     axes.set(xscale="log", yscale="log", xlabel="position in the text (tokens)", ylabel="perplexity", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(file, dpi=130, format="png")
 
 
 def plot_curves(
-    curves: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str, x_label: str, y_label: str
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]],
+    file: BinaryIO | Path,
+    title: str,
+    x_label: str,
+    y_label: str,
 ) -> None:
     """One line a name, (x, y) each, x logarithmic to base 2, as PNG."""
     figure, axes = _figure(9, 5.5)
@@ -48,10 +52,12 @@ def plot_curves(
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(file, dpi=130, format="png")
 
 
-def plot_retrieval(scores: np.ndarray, lengths: Sequence[int], depths: Sequence[float], path: Path, title: str) -> None:
+def plot_retrieval(
+    scores: np.ndarray, lengths: Sequence[int], depths: Sequence[float], file: BinaryIO | Path, title: str
+) -> None:
     """Heat map of mean scores (len(depths), len(lengths)), as PNG."""
     figure, axes = _figure(2 + 0.9 * len(lengths), 1.8 + 0.45 * len(depths))
     image = axes.imshow(scores, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
@@ -61,4 +67,4 @@ def plot_retrieval(scores: np.ndarray, lengths: Sequence[int], depths: Sequence[
     for row, column in np.ndindex(scores.shape):
         axes.text(column, row, f"{scores[row, column]:.2f}", ha="center", va="center", fontsize=8)
     figure.colorbar(image, label="score")
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(file, dpi=130, format="png")

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from selfextend_gguf._native import schedule_step
-from selfextend_gguf.config import SCHEDULES, plan, whole_cells
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.planning import plan, whole_cells
+from selfextend_gguf.schedule import SCHEDULES
 
 Losses = npt.NDArray[np.float64]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -34,10 +35,15 @@ def wilson_interval(score: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def greedy_answer(llm: llama_cpp.Llama, prompt: str, max_tokens: int) -> str:
+    """The likeliest continuation of a prompt, which is completed as it is, without chat template."""
+    answer: Any = llm.create_completion(prompt, max_tokens=max_tokens, temperature=0.0)
+    return str(answer["choices"][0]["text"])
+
+
 def score(llm: llama_cpp.Llama, task: Task) -> float:
-    """Recall of a greedy answer. The prompt is completed as it is, without chat template."""
-    answer = llm.create_completion(task.prompt, max_tokens=task.max_tokens, temperature=0.0)
-    return recall(answer["choices"][0]["text"], task.answers)
+    """Recall of the greedy answer to a task."""
+    return recall(greedy_answer(llm, task.prompt, task.max_tokens), task.answers)
 
 
 def evaluate_grid(

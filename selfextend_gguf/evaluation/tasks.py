@@ -24,7 +24,7 @@ from itertools import islice, pairwise
 import numpy as np
 
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.tiny.data import KeyTask, key_task
+from selfextend_gguf.tiny.keys import KeyTask, key_task
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _ADJECTIVES = """

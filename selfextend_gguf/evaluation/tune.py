@@ -5,15 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import exp, sqrt
 from typing import Any
 
 import numpy as np
 
-from selfextend_gguf.config import SCHEDULES, SelfExtendConfig, plan
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.evaluation.perplexity import Estimate, stretches
+from selfextend_gguf.evaluation.perplexity import Estimate, perplexity_ratio, stretches
 from selfextend_gguf.evaluation.readers import Losses, open_reader
+from selfextend_gguf.evaluation.retrieval import ANSWER_ROOM, score
+from selfextend_gguf.evaluation.tasks import TASKS, CountTokens, Task, Wish
+from selfextend_gguf.llama import Llama
+from selfextend_gguf.planning import plan
+from selfextend_gguf.schedule import SCHEDULES, SelfExtendConfig
+
+_N_KEYS = 12
 
 
 @dataclass
@@ -37,9 +42,7 @@ class Trial:
     def ratio_to(self, other: Trial) -> Estimate:
         """Perplexity in relation to another trial's on the texts that both read, paired token by token."""
         n = min(len(self.losses), len(other.losses))
-        difference = np.concatenate(self.losses[:n]) - np.concatenate(other.losses[:n])
-        ratio = exp(difference.mean())
-        return Estimate(ratio, ratio * float(difference.std()) / sqrt(len(difference)))
+        return perplexity_ratio(np.concatenate(self.losses[:n]), np.concatenate(other.losses[:n]))
 
 
 def parameters_of(config: SelfExtendConfig) -> dict[str, Any]:
@@ -89,6 +92,22 @@ def _all_candidates(n_ctx_train: int, n_ctx: int) -> Iterator[SelfExtendConfig]:
                 )
                 if wide is not None:
                     yield wide
+
+
+def key_tasks(n_ctx: int, text: str, count_tokens: CountTokens) -> list[Task]:
+    """Keys at all depths of texts that fill a context of `n_ctx` tokens, cut from `text`."""
+    rng, haystack = np.random.default_rng(0), text.encode("ascii", "replace").decode()
+    depths = np.linspace(0.05, 0.95, _N_KEYS)
+    return [TASKS["native"](rng, Wish(n_ctx - ANSWER_ROOM, count_tokens, float(d), text=haystack)) for d in depths]
+
+
+def fraction_found(model_path: str, n_ctx: int, tasks: Sequence[Task], **arguments: Any) -> float:
+    """Mean score of the tasks with given arguments of `Llama`."""
+    llm = Llama(model_path, n_ctx=n_ctx, **arguments)
+    try:
+        return float(np.mean([score(llm, task) for task in tasks]))
+    finally:
+        llm.close()
 
 
 def tune(

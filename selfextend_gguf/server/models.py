@@ -10,12 +10,12 @@ from typing import Any
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from selfextend_gguf.config import PARAMETERS, default_context, plan, whole_cells
 from selfextend_gguf.errors import UnknownModelError
-from selfextend_gguf.kept_states import KeptStates
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.planning import PARAMETERS, default_context, plan, whole_cells
 from selfextend_gguf.prompt import chat_formatter
+from selfextend_gguf.server.kept_prompts import KeptPrompts, RememberingLlama
 from selfextend_gguf.server.work import current_work, stop_if_unwanted
 
 
@@ -28,11 +28,11 @@ class ServedModel:
     n_ctx: int  #: extended context in tokens
     formatter: Jinja2ChatFormatter | None  #: the model's chat template, if it has one
     arguments: dict[str, Any]  #: of `Llama`, besides path and context
-    keep: Callable[[], KeptStates]  #: where its prompts are kept while it is loaded
+    keep: Callable[[], KeptPrompts]  #: where its prompts are kept while it is loaded
 
     @classmethod
     def from_file(
-        cls, path: Path, alias: str, ctx: int | None, arguments: dict[str, Any], keep: Callable[[], KeptStates]
+        cls, path: Path, alias: str, ctx: int | None, arguments: dict[str, Any], keep: Callable[[], KeptPrompts]
     ) -> ServedModel:
         """Raises ModelFileError, and ConfigError when the context cannot be reached."""
         info = ModelInfo(path, verbose=arguments["verbose"])
@@ -45,9 +45,11 @@ class ServedModel:
     def load(self) -> Llama:
         """Load the model. Raises what `Llama` raises."""
         handler = self.formatter.to_chat_handler() if self.formatter else None
-        llm = CountingLlama(str(self.info.path), n_ctx=self.n_ctx, chat_handler=handler, **self.arguments)
+        llm = ServedLlama(
+            str(self.info.path), n_ctx=self.n_ctx, model_info=self.info, chat_handler=handler, **self.arguments
+        )
         llm.progress = stop_if_unwanted
-        llm.kept_states = self.keep()
+        llm.kept_prompts = self.keep()
         return llm
 
     def describe(self) -> dict[str, Any]:
@@ -63,10 +65,10 @@ class ServedModel:
         }
 
 
-class CountingLlama(Llama):
+class ServedLlama(RememberingLlama):
     """Counts the tokens of an answer, which streams do not tell."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Iterator[int]:  # type: ignore[override]
+    def generate(self, *args: Any, **kwargs: Any) -> Iterator[int]:
         """Tokens, as the parent generates them."""
         for token in super().generate(*args, **kwargs):
             current_work().n_generated += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)

@@ -14,8 +14,6 @@ from selfextend_gguf.errors import ConfigError, ContextFullError, GrammarError
 from selfextend_gguf.grammar import check_grammar, schema_grammar
 from selfextend_gguf.server.models import ServedModel
 
-JSON_TYPES = ("json_object", "json_schema")
-
 Text = Annotated[str, StringConstraints(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 

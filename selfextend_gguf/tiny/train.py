@@ -4,7 +4,7 @@
     python -m selfextend_gguf.tiny.train --text train.txt --heldout heldout.txt --out tiny.gguf \\
         --recipe sharpen --start base.gguf
 
-Needs the extra `[train]` (PyTorch). Two recipes, whose stages are mixtures of the sequences in `data.py`: "base"
+Needs the extra `[train]` (PyTorch). Two recipes, whose stages are mixtures of the sequences in `batches.py`: "base"
 trains on text alone, on dense copies (induction appears here), then on the full context with key retrieval;
 "sharpen" makes attention sharp enough for texts of many trained contexts.
 """
@@ -23,10 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfextend_gguf.tiny import data
+from selfextend_gguf.tiny import batches, keys
 from selfextend_gguf.tiny.model_file import LlamaShape, write_llama
-
-VOCAB = 256
 
 
 class Block(nn.Module):
@@ -114,7 +112,7 @@ class Stage:
     length: int
     mixture: tuple[int, int, int]
     softest: float = 1.0
-    copies: Callable[..., data.Batch] = data.copy_batch
+    copies: Callable[..., batches.Batch] = batches.copy_batch
 
 
 @dataclass(frozen=True)
@@ -154,26 +152,26 @@ def recipes(context: int, scale: float = 1.0) -> dict[str, Recipe]:
         Stage("retrieval", round(2600 * scale), context, (text, copies, rows - text - copies)),
     ]
     mixture = (third, third, rows - 2 * third)
-    sharpen = Stage("sharpen", round(1000 * scale), context, mixture, 0.4, data.partial_copy_batch)
+    sharpen = Stage("sharpen", round(1000 * scale), context, mixture, 0.4, batches.partial_copy_batch)
     return {
         "base": Recipe(base),
         "sharpen": Recipe([sharpen], learning_rate=1.5e-3, weight_decay=0.01, warm_up=30, decay=1.0),
     }
 
 
-def make_batch(rng: np.random.Generator, text: np.ndarray, words: list[str], stage: Stage) -> data.Batch:
+def make_batch(rng: np.random.Generator, text: np.ndarray, words: list[str], stage: Stage) -> batches.Batch:
     n_text, n_copy, n_key = stage.mixture
     parts = []
     if n_text:
-        parts.append(data.text_batch(rng, text, n_text, stage.length))
+        parts.append(batches.text_batch(rng, text, n_text, stage.length))
     if n_copy:
         parts.append(stage.copies(rng, text, n_copy, stage.length))
     if n_key:
-        parts.append(data.retrieval_batch(rng, text, words, n_key, stage.length))
+        parts.append(batches.retrieval_batch(rng, text, words, n_key, stage.length))
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def loss_of(model: TinyLlama, batch: data.Batch, softness: float = 1.0) -> torch.Tensor:
+def loss_of(model: TinyLlama, batch: batches.Batch, softness: float = 1.0) -> torch.Tensor:
     tokens, weights = torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
     logits = model(tokens[:, :-1], softness)
     losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
@@ -184,9 +182,9 @@ def loss_of(model: TinyLlama, batch: data.Batch, softness: float = 1.0) -> torch
 def evaluate(model: TinyLlama, heldout: np.ndarray, context: int) -> str:
     """Held-out perplexity and key retrieval within the trained context, as one line."""
     rng = np.random.default_rng(7)
-    ppl = loss_of(model, data.text_batch(rng, heldout, 32, context)).exp().item()
+    ppl = loss_of(model, batches.text_batch(rng, heldout, 32, context)).exp().item()
     text = bytes(heldout).decode("ascii")
-    tasks = [data.key_task(rng, text, context - 8, depth) for depth in np.linspace(0.05, 0.95, 40)]
+    tasks = [keys.key_task(rng, text, context - 8, depth) for depth in np.linspace(0.05, 0.95, 40)]
     right = 0
     for task in tasks:
         line = list((task.prompt + task.answer).encode())
@@ -209,7 +207,7 @@ def train(
     """Train `model` in place on `text` (bytes). `bf16` rounds the matrix products' inputs to bfloat16 (faster where
     the CPU has it). `log` gets one line of text at a time."""
     rng = np.random.default_rng(seed)
-    words = data.vocabulary_words(text)
+    words = batches.vocabulary_words(text)
     n_params = sum(p.numel() for p in model.parameters())
     log(f"{n_params} parameters, {model.shape}, seed {seed}, torch {torch.__version__}")
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -265,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     model = TinyLlama(LlamaShape(n_ctx_train=args.context))
     if args.start is not None:
         load_weights(model, args.start)
-    text, heldout = data.read_text(args.text), data.read_text(args.heldout)
+    text, heldout = batches.read_text(args.text), batches.read_text(args.heldout)
     with args.out.with_suffix(".log").open("w", encoding="utf-8") as log_file:
 
         def log(line: str) -> None:

@@ -11,22 +11,20 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from selfextend_gguf._native import schedule_positions, schedule_step
-from selfextend_gguf.config import SelfExtendConfig
 from selfextend_gguf.errors import PromptCacheError
+from selfextend_gguf.llama import Llama
 from selfextend_gguf.prompt_cache import CopiedPrompt, SavedPrompt, read_prompt_header
-
-if TYPE_CHECKING:
-    from selfextend_gguf.llama import Llama
+from selfextend_gguf.schedule import SelfExtendConfig
 
 _LEAST = 64  # tokens that are worth a copy
 
@@ -39,8 +37,8 @@ class _Kept:
     content: CopiedPrompt | Path
 
 
-class KeptStates:
-    """Copies of states of one `Llama`, the least recently used ones dropped."""
+class KeptPrompts:
+    """Copies of texts that were read by one `Llama`, the least recently used ones dropped."""
 
     def __init__(self, capacity_bytes: int, folder: Path | None = None, *, read_only: bool = False) -> None:
         """`capacity_bytes`: of all copies in memory, and once more of the files in `folder`, which outlive the program.
@@ -77,7 +75,6 @@ class KeptStates:
         """Go back to, or restore, the longest usable beginning of `tokens`; the longest that was ever read."""
         config = llm.self_extend
         live = llm.saved_prompt()
-        usable = _usable(config, live, tokens)
         ours = [kept for kept in self._kept if kept.saved.made_by == live.made_by]  # a folder may serve several models
         known = max(kept.common_prefix(tokens) for kept in (live, *(kept.saved for kept in ours)))
         best, usable = None, _usable(config, live, tokens)
@@ -138,6 +135,19 @@ class KeptStates:
                 self._kept = [kept for kept in self._kept if kept.content != oldest]
         except (PromptCacheError, OSError) as error:
             warnings.warn(f"a prompt was not saved: {error}", stacklevel=2)
+
+
+class RememberingLlama(Llama):
+    """A `Llama` that goes on from prompts it has read before."""
+
+    #: Copies of what was read, for prompts that come again; None = the running text alone is reused.
+    kept_prompts: KeptPrompts | None = None
+
+    def generate(self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any) -> Iterator[int]:
+        """Generate tokens after a prompt, as the parent does."""
+        if reset and self.kept_prompts is not None:
+            self.kept_prompts.prepare(self, tokens)
+        yield from super().generate(tokens, *args, reset=reset, **kwargs)
 
 
 def _usable(config: SelfExtendConfig | None, saved: SavedPrompt, tokens: npt.NDArray[np.int32]) -> int:

@@ -1,6 +1,6 @@
 """The full study on the tiny models: every schedule and what llama.cpp offers, at all lengths. Writes docs/results.md.
 
-    python -m selfextend_gguf.evaluation.study --text tests/data/heldout.txt --out docs
+    python -m selfextend_gguf.studies.methods --text tests/data/heldout.txt --out docs
 
 Texts hold keys. Each is read once, which gives its perplexity; then its keys are asked for one after the other, each
 time going back to the end of the text.
@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from selfextend_gguf.config import SCHEDULES
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.evaluation.perplexity import Estimate, perplexity_ratio
+from selfextend_gguf.evaluation.perplexity import Estimate, perplexity_ratio, second_half
 from selfextend_gguf.evaluation.plots import plot_curves
 from selfextend_gguf.evaluation.readers import METHODS, Losses, Reader, open_reader
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import TINY_MODELS
-from selfextend_gguf.tiny.data import FACT, KEY_NAMES, QUESTION, random_value
+from selfextend_gguf.schedule import SCHEDULES
+from selfextend_gguf.tiny.keys import FACT, KEY_NAMES, QUESTION, random_value
 
 REFERENCE = "window"
 TIMES = (1, 2, 4, 8, 16, 32, 64)  # text lengths in trained contexts
@@ -70,12 +70,6 @@ def key_texts(text: str, n_tokens: int, n_texts: int, n_keys: int) -> list[KeyTe
     return [key_text(rng, text[start:], n_tokens, n_keys, i / n_texts) for i, start in enumerate(starts)]
 
 
-def late_losses(reader: Reader, t: KeyText) -> Losses:
-    """Losses of the second half of a text."""
-    losses = reader.losses(list(t.prompt))
-    return losses[len(losses) // 2 :]
-
-
 def keys_found(reader: Reader, t: KeyText) -> list[bool]:
     """Which of the keys greedy decoding answers exactly."""
     answers = reader.answers(list(t.prompt), [list(q) for q in t.questions], len(t.answers[0]))
@@ -110,7 +104,7 @@ def read(model: str, text: str, method: str, n_ctx_train: int, times: int) -> Re
     losses, found = [], []
     try:
         for t in key_texts(text, n_tokens, *texts_and_keys(times)):
-            losses.append(late_losses(reader, t))
+            losses.append(second_half(reader.losses(list(t.prompt))))
             found += keys_found(reader, t)
     finally:
         reader.close()
@@ -158,7 +152,7 @@ def table(rows: Sequence[Row], methods: Sequence[str], times: Sequence[int]) -> 
 
 HEAD = """# Results
 
-Written by `python -m selfextend_gguf.evaluation.study --text tests/data/heldout.txt --out docs`{machine}.
+Written by `python -m selfextend_gguf.studies.methods --text tests/data/heldout.txt --out docs`{machine}.
 
 The bundled models (Q8_0, bytes as tokens) on held-out text, at 1 to 64 trained contexts. Keys are hidden in the texts:
 up to {others} trained contexts one in each of 8 texts, at depths from 0 % to 88 %; beyond, where reading takes long,
@@ -208,7 +202,7 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", required=True, type=Path, help="ASCII text the models were not trained on")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of results.md and its pictures")
     parser.add_argument("--times", type=int, nargs="+", default=TIMES, help="text lengths in trained contexts")

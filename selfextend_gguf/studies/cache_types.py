@@ -1,6 +1,6 @@
 """What each type of KV cache costs beyond the trained context, and what rewriting its keys adds: docs/kv-cache.md.
 
-python -m selfextend_gguf.tiny.cache_types --text tests/data/heldout.txt
+python -m selfextend_gguf.studies.cache_types --text tests/data/heldout.txt
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from selfextend_gguf.evaluation.readers import open_reader
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.models import TINY_MODEL
-from selfextend_gguf.tiny.evaluate import retrieval, retrieval_tasks
+from selfextend_gguf.studies.quality import fraction_found, key_tasks, late_perplexity
 from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama
 
 REWRITES = (0, 1, 10, 50)
@@ -30,13 +29,9 @@ def quality(model: str, text: str, kind: str, n_tokens: int, n_trials: int, n_te
     """Fraction of keys found, and perplexity of the second halves of `n_texts` stretches of `n_tokens`."""
     arguments = {"type_k": KV_TYPES[kind], "type_v": KV_TYPES["f16"], "verbose": False}
     llm = Llama(model, n_ctx=n_tokens + 64, **arguments)
-    found = retrieval(llm, retrieval_tasks(text, n_tokens, n_trials))
+    found = fraction_found(llm, key_tasks(text, n_tokens, n_trials))
     llm.close()
-    reader = open_reader("selfextend", model, n_tokens, **arguments)
-    starts = np.linspace(0, len(text) - n_tokens - 1, n_texts).astype(int)
-    losses = [reader.losses(list(text[s : s + n_tokens].encode()))[n_tokens // 2 :] for s in starts]
-    reader.close()
-    return found, float(np.exp(np.concatenate(losses).mean()))
+    return found, late_perplexity("selfextend", model, text, n_tokens, n_texts, **arguments)
 
 
 def logits_after_rewrites(model: str, tokens: list[int], kind: str) -> dict[int, np.ndarray]:
@@ -82,7 +77,7 @@ def percentages(errors: list[float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", required=True, type=Path, help="ASCII text the model was not trained on")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--trials", type=int, default=40, help="keys a type")

@@ -1,4 +1,4 @@
-"""Training and evaluation sequences for the tiny byte-level models.
+"""Training sequences for the tiny byte-level models.
 
 Everything here is bytes in numpy arrays; nothing knows about PyTorch or llama.cpp.
 A *batch* is a pair of `tokens` (n_rows, length + 1) int64 and `weights` (n_rows, length) float32: the loss
@@ -7,53 +7,13 @@ of predicting `tokens[:, 1:]` from `tokens[:, :-1]` is weighted by `weights`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from selfextend_gguf.tiny.keys import FACT, KEY_NAMES, QUESTION, cut_points, random_value
+
 Batch = tuple[np.ndarray, np.ndarray]
-
-# Names the evaluation and the demo use; training also draws names from the text's own words.
-KEY_NAMES = [
-    "oak",
-    "elm",
-    "ash",
-    "fir",
-    "yew",
-    "pine",
-    "palm",
-    "cedar",
-    "maple",
-    "birch",
-    "willow",
-    "olive",
-    "iron",
-    "gold",
-    "silver",
-    "copper",
-    "stone",
-    "river",
-    "north",
-    "south",
-    "east",
-    "west",
-    "red",
-    "blue",
-    "green",
-    "white",
-    "black",
-    "brown",
-    "tower",
-    "garden",
-    "bridge",
-    "harbour",
-    "window",
-    "market",
-]
-
-FACT = "The {name} key is {value}."
-QUESTION = "What is the {name} key? The {name} key is "
 
 
 def read_text(path: str | Path) -> np.ndarray:
@@ -141,16 +101,6 @@ def partial_copy_batch(rng: np.random.Generator, text: np.ndarray, n_rows: int, 
     return tokens, weights
 
 
-def random_value(rng: np.random.Generator, digits: int = 5) -> str:
-    """A key of `digits` random digits."""
-    return "".join(str(d) for d in rng.integers(0, 10, digits))
-
-
-def _cut_points(haystack: bytes) -> list[int]:
-    """Byte offsets just behind a space or newline: where a fact may be put without breaking a word."""
-    return [0] + [i + 1 for i, b in enumerate(haystack) if b in b" \n"]
-
-
 def retrieval_batch(rng: np.random.Generator, text: np.ndarray, words: list[str], n_rows: int, length: int) -> Batch:
     """Rows of text with one to three facts hidden at any depth, then one to three questions about them.
 
@@ -182,7 +132,7 @@ def retrieval_batch(rng: np.random.Generator, text: np.ndarray, words: list[str]
             room = int(rng.integers(0, room + 1))
         start = int(rng.integers(0, len(text) - length - 1))
         haystack = bytes(text[start : start + room])
-        cuts = _cut_points(haystack)
+        cuts = cut_points(haystack)
         places = sorted(((cuts[int(rng.integers(len(cuts)))], n) for n in facts), key=lambda p: p[0])
 
         parts: list[tuple[bytes, float]] = []
@@ -204,35 +154,3 @@ def retrieval_batch(rng: np.random.Generator, text: np.ndarray, words: list[str]
         tokens[row] = np.frombuffer(line, np.uint8)
         weights[row] = weight
     return tokens, weights[:, 1:]
-
-
-@dataclass(frozen=True)
-class KeyTask:
-    """A text with one hidden fact and the question about it."""
-
-    prompt: str
-    fact: str
-    answer: str
-    depth: float  # 0 = start of the text, 1 = end
-
-
-def key_task(rng: np.random.Generator, text: str, n_bytes: int, depth: float, digits: int = 5) -> KeyTask:
-    """Hide a random key at `depth` (0..1) of a random stretch of ASCII `text`; prompt is `n_bytes` long at most.
-
-    Raises ValueError when `n_bytes` has no room for the fact and the question.
-    """
-    name = str(rng.choice(KEY_NAMES))
-    value = random_value(rng, digits)
-    fact = FACT.format(name=name, value=value)
-    question = "\n" + QUESTION.format(name=name)
-    room = n_bytes - len(fact) - 1 - len(question)
-    if room < 0:
-        raise ValueError(f"{n_bytes} bytes have no room for a fact and its question ({len(fact) + len(question)})")
-    if room > len(text):
-        raise ValueError(f"the text has {len(text)} bytes, {room} are needed")
-    start = int(rng.integers(0, len(text) - room + 1))
-    haystack = text[start : start + room]
-    # The nearest word boundary at or before the wanted depth.
-    cuts = [c for c in _cut_points(haystack.encode()) if c <= depth * room]
-    place = cuts[-1]
-    return KeyTask(f"{haystack[:place]}{fact}\n{haystack[place:]}{question}", fact, value, depth)

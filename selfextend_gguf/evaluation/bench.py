@@ -121,7 +121,15 @@ def _resume(llm: Llama, cache: Path) -> float:
 
 
 def _peak(side: str, model: Path, length: int, arguments: dict[str, Any]) -> int:
-    command = [sys.executable, "-m", "selfextend_gguf.bench", side, str(model), str(length), json.dumps(arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "selfextend_gguf.evaluation.bench",
+        side,
+        str(model),
+        str(length),
+        json.dumps(arguments),
+    ]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])["peak_bytes"]
 

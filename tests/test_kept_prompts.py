@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from helpers import random_tokens
 
-from selfextend_gguf import Llama
-from selfextend_gguf.kept_states import KeptStates
 from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.server.kept_prompts import KeptPrompts, RememberingLlama
 
 MODEL = str(TINY_MODEL)
 N_CTX = 4096
@@ -18,11 +17,11 @@ ROOM = 1 << 30  # bytes
 
 
 class Asker:
-    """A `Llama` that counts the tokens it reads."""
+    """A `RememberingLlama` that counts the tokens it reads."""
 
-    def __init__(self, states: KeptStates | None) -> None:
-        self.llm = Llama(MODEL, n_ctx=N_CTX, verbose=False)
-        self.llm.kept_states = states
+    def __init__(self, states: KeptPrompts | None) -> None:
+        self.llm = RememberingLlama(MODEL, n_ctx=N_CTX, verbose=False)
+        self.llm.kept_prompts = states
         self.n_read = 0
         decode = self.llm._ctx.decode
 
@@ -49,7 +48,7 @@ def questions(n: int) -> list[str]:
 
 def test_answers_are_those_of_a_fresh_reading(documents):
     """f16 keys: a single one rotated back would show in some answer sooner or later."""
-    asker, fresh = Asker(KeptStates(ROOM)), Asker(None)
+    asker, fresh = Asker(KeptPrompts(ROOM)), Asker(None)
     rng = np.random.default_rng(0)
     for question in questions(20):
         text = documents[int(rng.integers(3))]
@@ -62,7 +61,7 @@ def test_answers_are_those_of_a_fresh_reading(documents):
 
 
 def test_a_shared_document_is_read_once(documents):
-    asker = Asker(KeptStates(ROOM))
+    asker = Asker(KeptPrompts(ROOM))
     read = []
     for question in questions(6):
         asker.ask(documents[0] + question, n=200)  # the answers are longer than a stage
@@ -74,7 +73,7 @@ def test_a_shared_document_is_read_once(documents):
 
 
 def test_documents_take_turns(documents):
-    asker = Asker(KeptStates(ROOM))
+    asker = Asker(KeptPrompts(ROOM))
     for text in documents:
         asker.ask(text)
     for text in documents[:2]:
@@ -86,15 +85,15 @@ def test_the_least_recently_used_is_dropped(documents):
     asker = Asker(None)
     asker.ask(documents[0])
     size = asker.llm.copy_prompt().n_bytes
-    states = KeptStates(int(2.5 * size))
-    asker.llm.kept_states = states
+    states = KeptPrompts(int(2.5 * size))
+    asker.llm.kept_prompts = states
     for text in [*documents, *documents]:
         asker.ask(text + " And")
         assert states.n_bytes <= 2.5 * size
     assert states.n_bytes > 0
-    nothing = Asker(KeptStates(1000))
+    nothing = Asker(KeptPrompts(1000))
     assert nothing.ask(documents[0]) == nothing.ask(documents[0])
-    assert nothing.llm.kept_states.n_bytes == 0
+    assert nothing.llm.kept_prompts.n_bytes == 0
 
 
 @pytest.mark.parametrize("room", [1.01, 1.3, 2.1, 3.2])
@@ -102,17 +101,17 @@ def test_a_copy_in_use_is_not_dropped_for_another(documents, room):
     """Coming back to a text keeps the one before, for which the least recently used copy may have to go."""
     asker, fresh = Asker(None), Asker(None)
     asker.ask(documents[0])
-    asker.llm.kept_states = KeptStates(int(room * asker.llm.copy_prompt().n_bytes))
+    asker.llm.kept_prompts = KeptPrompts(int(room * asker.llm.copy_prompt().n_bytes))
     for i in (0, 1, 0, 1, 2, 0, 2, 1):
         fresh.llm.reset()
         assert asker.ask(documents[i] + " And") == fresh.ask(documents[i] + " And")
 
 
 def test_a_folder_outlives_the_program(documents, tmp_path):
-    first = Asker(KeptStates(ROOM, tmp_path))
+    first = Asker(KeptPrompts(ROOM, tmp_path))
     wanted = [first.ask(text + " And") for text in documents]
     assert len(list(tmp_path.glob("*.kv"))) >= 3
-    second = Asker(KeptStates(ROOM, tmp_path))
+    second = Asker(KeptPrompts(ROOM, tmp_path))
     for text, answer in zip(documents, wanted, strict=True):
         assert second.ask(text + " And") == answer
         assert second.n_read < 300
@@ -122,16 +121,16 @@ def test_a_folder_keeps_to_its_size(documents, tmp_path):
     asker = Asker(None)
     asker.ask(documents[0])
     size = asker.llm.copy_prompt().n_bytes
-    asker.llm.kept_states = KeptStates(int(2.5 * size), tmp_path)
+    asker.llm.kept_prompts = KeptPrompts(int(2.5 * size), tmp_path)
     for text in [*documents, *documents]:
         asker.ask(text + " And")
         assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 2.5 * size
 
 
 def test_a_read_only_folder_stays_as_it_is(documents, tmp_path):
-    Asker(KeptStates(ROOM, tmp_path)).ask(documents[0])
+    Asker(KeptPrompts(ROOM, tmp_path)).ask(documents[0])
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    asker = Asker(KeptStates(ROOM, tmp_path, read_only=True))
+    asker = Asker(KeptPrompts(ROOM, tmp_path, read_only=True))
     asker.ask(documents[0] + " And")
     assert asker.n_read < 300
     asker.ask(documents[1])
@@ -139,9 +138,9 @@ def test_a_read_only_folder_stays_as_it_is(documents, tmp_path):
 
 
 def test_damaged_and_vanished_files_are_no_obstacle(documents, tmp_path):
-    first = Asker(KeptStates(ROOM, tmp_path))
+    first = Asker(KeptPrompts(ROOM, tmp_path))
     wanted = [first.ask(text) for text in documents[:2]]
-    states = KeptStates(ROOM, tmp_path)
+    states = KeptPrompts(ROOM, tmp_path)
     for i, path in enumerate(sorted(tmp_path.glob("*.kv"))):
         if i % 2:
             path.unlink()
@@ -155,14 +154,14 @@ def test_damaged_and_vanished_files_are_no_obstacle(documents, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(documents):
-    asker = Asker(KeptStates(ROOM, Path("/dev/null/folder")))
+    asker = Asker(KeptPrompts(ROOM, Path("/dev/null/folder")))
     with pytest.warns(UserWarning, match="a prompt was not saved"):
         asker.ask(documents[0])
 
 
 def test_a_context_that_groups_nothing(heldout_text):
-    llm = Llama(MODEL, n_ctx=256, verbose=False)
-    llm.kept_states = KeptStates(ROOM)
+    llm = RememberingLlama(MODEL, n_ctx=256, verbose=False)
+    llm.kept_prompts = KeptPrompts(ROOM)
     texts = [heldout_text[:200], heldout_text[5000:5200]]
     first = [llm.create_completion(t, max_tokens=8, temperature=0)["choices"][0]["text"] for t in texts]
     seen = []
@@ -174,7 +173,7 @@ def test_a_context_that_groups_nothing(heldout_text):
 
 def test_tokens_of_a_state_are_compared_not_hashed_lengths():
     """Two texts of one length are two texts."""
-    asker, fresh = Asker(KeptStates(ROOM)), Asker(None)
+    asker, fresh = Asker(KeptPrompts(ROOM)), Asker(None)
     for seed in (0, 1, 0):
         tokens = random_tokens(900, seed=seed)
         got = asker.llm.create_completion(tokens, max_tokens=5, temperature=0)["choices"][0]["text"]

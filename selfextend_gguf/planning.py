@@ -1,0 +1,203 @@
+"""Choosing Self-Extend's numbers from the trained context and the wanted one, and how far given numbers reach."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from selfextend_gguf.errors import ConfigError, ContextFullError
+from selfextend_gguf.schedule import LONGEST, RULES, SCHEDULES, Schedule, SelfExtendConfig
+
+TIMES_TRAINED = 4  #: the context where none is asked for, in trained contexts
+TIMES_MEASURED = 16  #: trained contexts up to which docs/results.md measured every schedule
+CELL_MULTIPLE = 256  #: llama.cpp rounds contexts up to it
+PARAMETERS = ("group_size", "neighbor_window", "max_distance", "block_size", "schedule")  #: of `plan` and `Llama`
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Everything of a plan but the group size and the wanted context; block_size None = by the group size."""
+
+    rule: Schedule
+    n_ctx_train: int
+    max_distance: int
+    neighbor_window: int
+    block_size: int | None
+
+    @property
+    def free(self) -> int:
+        """Positions beside the window."""
+        return self.rule.room(self.max_distance) - self.neighbor_window
+
+    @property
+    def n_batch(self) -> int:
+        return min(512, max(1, self.free // 6))
+
+    def config(self, n_ctx: int, group_size: int, block_for: int | None = None) -> SelfExtendConfig:
+        """A plan with these numbers; its block is the one for groups of `block_for`."""
+        block = self.block_size
+        if block is None:
+            block = self.rule.default_block(self.free, self.n_batch, block_for or group_size)
+        return SelfExtendConfig(
+            self.n_ctx_train,
+            n_ctx,
+            self.rule.name,
+            group_size,
+            self.neighbor_window,
+            self.max_distance,
+            block,
+            self.n_batch,
+        )
+
+    def reach(self, group_size: int) -> int:
+        """Longest text in tokens while at most `group_size` tokens share a key position: the one answer to how far
+        numbers reach."""
+        if group_size < 2:
+            return self.n_ctx_train
+        return min(LONGEST, max(self.n_ctx_train, self.rule.reach(self.config(LONGEST, group_size))))
+
+
+def _check_range(name: str, value: Any, low: int, high: int, why: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be a whole number, not {value!r}")
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must be between {low} and {high}{why}, not {value}")
+
+
+def _rule(parameters: dict[str, Any]) -> Schedule:
+    """The schedule that parameters of `plan` name. ConfigError for an unknown one, or a parameter it has no use for."""
+    name = parameters.get("schedule")
+    name = SCHEDULES[0] if name is None else name
+    if name not in SCHEDULES:
+        raise ConfigError(f"unknown schedule {name!r}; choose from {', '.join(SCHEDULES)}")
+    rule = RULES[name]
+    for parameter, why in rule.without.items():
+        if parameters.get(parameter) is not None:
+            raise ConfigError(f"schedule {name} has no use for {parameter}: {why}; leave it out")
+    return rule
+
+
+def _numbers(rule: Schedule, n_ctx_train: int, parameters: dict[str, Any], distance: int) -> _Numbers:
+    """The numbers with a given largest distance; ConfigError for parameters that are out of range."""
+    trained = f" (the model is trained on {n_ctx_train} tokens)"
+    size, window, block = (parameters.get(name) for name in ("group_size", "neighbor_window", "block_size"))
+    if size is not None:
+        _check_range("group_size", size, 1, rule.largest_group(n_ctx_train), trained)
+    _check_range("max_distance", distance, 8, n_ctx_train, trained)
+    room = rule.room(distance)
+    if window is not None:
+        # Two positions must be left: one for a new token, one for the grouped keys.
+        _check_range("neighbor_window", window, 1, room - 2, trained)
+    numbers = _Numbers(rule, n_ctx_train, distance, max(1, room // 4) if window is None else window, block)
+    if block is not None:
+        most = numbers.free - numbers.n_batch
+        _check_range("block_size", block, 1, most, f" with a neighbor window of {numbers.neighbor_window}")
+    return numbers
+
+
+def _choices(rule: Schedule, n_ctx_train: int, parameters: dict[str, Any]) -> Iterator[_Numbers]:
+    """The numbers to try, one largest distance after the other; ConfigError if not even the last one is possible."""
+    given = parameters.get("max_distance")
+    distances = rule.default_distances(n_ctx_train) if given is None else (given,)
+    for distance in distances[:-1]:
+        try:
+            yield _numbers(rule, n_ctx_train, parameters, distance)
+        except ConfigError:
+            continue  # a given window needs more
+    yield _numbers(rule, n_ctx_train, parameters, distances[-1])
+
+
+def plan(
+    n_ctx_train: int,
+    n_ctx: int,
+    *,
+    group_size: int | None = None,
+    neighbor_window: int | None = None,
+    max_distance: int | None = None,
+    block_size: int | None = None,
+    schedule: str | None = None,
+) -> SelfExtendConfig:
+    """Resolve the parameters for reading `n_ctx` tokens with a model trained on `n_ctx_train`.
+
+    None = automatic: distances below 3/4 of the trained context, or all where only that reaches `n_ctx` (adagrope:
+    half of it, the others: all of it), a quarter of the room for the neighbor window, a third of the rest (at most 512)
+    for the tokens between two moves of the boundary (adagrope: half of the rest), and the smallest groups that reach
+    `n_ctx` with these. The room is all distances; adagrope's is the quarter of them that it keeps exact.
+
+    Raises ConfigError for values out of range, for parameters that the schedule has no use for, and for a combination
+    that cannot reach `n_ctx`; the message names the smallest change that would.
+
+    Sources: arXiv 2401.01325, section 3 (group size, neighbor window, longest text); those of the other schedules are
+    in `selfextend_gguf.schedule`.
+    """
+    _check_range("n_ctx_train", n_ctx_train, 8, LONGEST)
+    _check_range("n_ctx", n_ctx, 1, LONGEST)
+    parameters = {
+        "group_size": group_size,
+        "neighbor_window": neighbor_window,
+        "max_distance": max_distance,
+        "block_size": block_size,
+        "schedule": schedule,
+    }
+    rule = _rule(parameters)
+    largest = rule.largest_group(n_ctx_train)
+    for numbers in _choices(rule, n_ctx_train, parameters):
+        if n_ctx > n_ctx_train and numbers.reach(largest if group_size is None else group_size) >= n_ctx:
+            break
+    # Else the last ones: all distances.
+    if n_ctx <= n_ctx_train:
+        return numbers.config(n_ctx, 1, block_for=largest)
+    needed = 2 + bisect_left(range(2, largest + 1), n_ctx, key=numbers.reach)
+    window = numbers.neighbor_window
+    if needed > largest:
+        raise ConfigError(
+            f"{n_ctx} tokens are beyond the reach of Self-Extend for a trained context of {n_ctx_train}: even with the "
+            f"largest group size ({largest}) a neighbor window of {window} reaches {numbers.reach(largest)}; "
+            f"ask for at most {numbers.reach(largest)} tokens"
+            + (" or a smaller neighbor window" if neighbor_window is not None else "")
+        )
+    size = needed if group_size is None else group_size
+    if size < needed:
+        raise ConfigError(
+            f"group size {size} with a neighbor window of {window} reaches {numbers.reach(size)} tokens, not {n_ctx}: "
+            f"take a group size of at least {needed}, or at most {numbers.reach(size)} tokens"
+        )
+    return numbers.config(n_ctx, size)
+
+
+def longest_context(n_ctx_train: int, **parameters: Any) -> int:
+    """The largest `n_ctx` that `plan` accepts with these parameters, in tokens.
+
+    Raises ConfigError as `plan` does.
+    """
+    _check_range("n_ctx_train", n_ctx_train, 8, LONGEST)
+    rule = _rule(parameters)
+    size = parameters.get("group_size")
+    size = rule.largest_group(n_ctx_train) if size is None else size
+    return max(numbers.reach(size) for numbers in _choices(rule, n_ctx_train, parameters))
+
+
+def whole_cells(n_ctx: int) -> int:
+    """Size in tokens of the context that llama.cpp makes for `n_ctx`."""
+    return -(-n_ctx // CELL_MULTIPLE) * CELL_MULTIPLE
+
+
+def context_within(n_ctx_train: int, limit: int, **parameters: Any) -> int:
+    """The largest context of at most `limit` tokens that llama.cpp can make and parameters of `plan` reach; the trained
+    one if that is more. Raises ConfigError as `plan` does."""
+    reached = min(limit, longest_context(n_ctx_train, **parameters))
+    return max(n_ctx_train, reached // CELL_MULTIPLE * CELL_MULTIPLE)
+
+
+def default_context(n_ctx_train: int, **parameters: Any) -> int:
+    """Context in tokens for who asks for none: TIMES_TRAINED trained contexts, or what parameters of `plan` reach if
+    that is less. Raises ConfigError as `plan` does."""
+    return context_within(n_ctx_train, whole_cells(TIMES_TRAINED * n_ctx_train), **parameters)
+
+
+def check_room(n_tokens: int, n_ctx: int) -> None:
+    """Raise ContextFullError when a context has no room for so many tokens."""
+    if n_tokens > n_ctx:
+        raise ContextFullError(f"Requested tokens ({n_tokens}) exceed context window of {n_ctx}")
