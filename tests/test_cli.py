@@ -11,19 +11,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
+import llama_cpp._internals as internals
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 from families import FAMILIES, write_family
 from helpers import SHAPES
 
+from selfextend_gguf import llama as llama_module
+from selfextend_gguf import plan
 from selfextend_gguf.cli import main
+from selfextend_gguf.errors import ModelFileError
 from selfextend_gguf.evaluation.bench import write_random_model
+from selfextend_gguf.memory import demand_of
+from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.planning import default_context, longest_context
 from selfextend_gguf.tiny.keys import key_task
-from selfextend_gguf.tiny.model_file import LlamaShape
+from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama
 
 COMMAND = [str(Path(sys.executable).with_name("sx-gguf"))]
 MODEL = str(TINY_MODEL)
@@ -377,7 +386,88 @@ def test_info_says_what_will_happen():
     assert rows["Self-Extend"].startswith("Up to 4096 tokens (16x the trained 256)")
     facts = json.loads(invoke("info", MODEL, "--ctx", "4096", "--json").stdout)
     assert facts["extendable"]
-    assert facts["longest_context"] == int(rows["Longest context"].split()[0])
+    assert rows["Arithmetic limit"] == f"{facts['longest_context']} tokens, not a promise"
+    # 16 trained contexts, which were measured. Weights 1.8 MB, f16 cache 4 MiB.
+    sensible = facts["sensible_context"]
+    assert (sensible["n_ctx"], sensible["is_all_memory"]) == (4096, False)
+    assert sensible["group_size"] == plan(256, 4096).group_size
+    assert rows["Sensible context"] == (
+        f"up to 4096 tokens (16x the trained one, groups of {sensible['group_size']}, "
+        f"{sensible['n_bytes'] / 2**20:.1f} MiB of memory)"
+    )
+
+
+def test_info_names_a_context_that_the_memory_holds(monkeypatch):
+    with ModelInfo(MODEL) as model_info:
+        needed = demand_of(model_info, 1024, 512, flash_attn=None).total
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed, total=2**40))
+    result = invoke("info", MODEL)
+    assert re.search(r"Sensible context: +up to 1024 tokens \(4x .*, which is all there is\)\n", result.stdout)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [["-gan", "2"], ["-gan", "8"], ["--schedule", "adagrope"], ["--schedule", "leaky-rerope", "-gaw", "252"]],
+)
+def test_info_respects_the_parameters_it_is_given(parameters):
+    """Also where the default context, 4 times the trained one, is out of their reach."""
+    result = invoke("info", MODEL, *parameters, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    names = {"-gan": "group_size", "-gaw": "neighbor_window", "--schedule": "schedule"}
+    given = {
+        names[flag]: value if flag == "--schedule" else int(value)
+        for flag, value in zip(parameters[::2], parameters[1::2], strict=True)
+    }
+    assert facts["longest_context"] == longest_context(256, **given)
+    assert facts["n_ctx"] == default_context(256, **given)
+    assert facts["sensible_context"]["n_ctx"] <= max(256, facts["longest_context"])
+
+
+def test_help_names_the_default_distances():
+    assert "3/4 of the trained context" in " ".join(invoke("run", "--help").stdout.split())
+
+
+def test_a_prompt_that_looks_like_an_option_is_no_option():
+    result = invoke("run", "/nonexistent.gguf", "-p", "-v")
+    assert (result.exit_code, result.stderr) == (1, "Error: Model path does not exist: /nonexistent.gguf\n")
+    assert isinstance(invoke("run", "/nonexistent.gguf", "hello", "-v").exception, ModelFileError)
+
+
+def test_llama_cpps_reason_is_given_when_it_loads_no_model(tmp_path):
+    for field, value, reason in (
+        ("general.architecture", "nonsense", "unknown model architecture: 'nonsense'"),
+        (None, None, "check_tensor_dims: tensor 'output_norm.weight' not found"),
+    ):
+        path = tmp_path / f"{field}.gguf"
+        shape = LlamaShape(arch=value or "llama", n_layer=1)
+        tensors = random_tensors(shape, seed=0)
+        if field is None:
+            del tensors["output_norm.weight"]
+        write_llama(path, shape, tensors)
+        result = invoke("run", str(path), "hello")
+        assert result.exit_code == 1
+        assert result.stderr == f"Error: Failed to load model from file: {path}: {reason}\n"
+
+
+def test_a_run_opens_the_file_twice_and_plans_once(monkeypatch, task):
+    """The vocabulary for the prompt's length, then the weights."""
+    loaded, planned = [], []
+    load, make_plan = internals.LlamaModel.__init__, llama_module.plan
+
+    def noted(self, *, path_model, params, verbose=True):
+        loaded.append(params.vocab_only)
+        load(self, path_model=path_model, params=params, verbose=verbose)
+
+    def counted(*arguments, **parameters):
+        planned.append(arguments)
+        return make_plan(*arguments, **parameters)
+
+    monkeypatch.setattr(internals.LlamaModel, "__init__", noted)
+    monkeypatch.setattr(llama_module, "plan", counted)
+    assert invoke("run", MODEL, task.prompt, "-n", "1").exit_code == 0
+    assert loaded == [True, False]
+    assert planned == [(256, 1280)]
 
 
 def test_info_within_the_trained_context():

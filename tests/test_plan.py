@@ -9,7 +9,7 @@ import pytest
 
 from selfextend_gguf import SelfExtendError, plan, schedule_positions
 from selfextend_gguf._native import schedule_step
-from selfextend_gguf.planning import default_context, longest_context
+from selfextend_gguf.planning import context_within, default_context, longest_context
 from selfextend_gguf.schedule import SCHEDULES
 
 
@@ -208,3 +208,36 @@ def test_the_default_context():
     assert default_context(256, schedule="rerope") == 1024
     with pytest.raises(SelfExtendError, match="neighbor_window must be between"):
         default_context(256, neighbor_window=1000)
+
+
+# Reach has one definition: the longest context is what `plan` accepts, its refusal names, and default contexts respect.
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"group_size": 6},
+        {"neighbor_window": 200},
+        {"block_size": 7, "schedule": "paper"},
+        {"schedule": "adagrope"},
+        {"schedule": "adagrope", "max_distance": 256},
+        {"schedule": "leaky-rerope"},
+        {"schedule": "leaky-rerope", "neighbor_window": 252},
+        {"schedule": "rerope", "neighbor_window": 252},
+    ],
+)
+def test_the_longest_context_is_the_last_that_plan_accepts(parameters):
+    longest = longest_context(256, **parameters)
+    assert plan(256, longest, **parameters).n_ctx == longest
+    with pytest.raises(SelfExtendError, match=rf"at most {longest} tokens|must be between 1 and {longest}\b"):
+        plan(256, longest + 1, **parameters)
+
+
+def test_contexts_of_schedules_that_choose_their_own_groups():
+    # 256 distances, group size 256 at most: see the reach of each schedule.
+    assert longest_context(256, schedule="adagrope") == 16828
+    assert longest_context(256, schedule="leaky-rerope") == 24896
+    assert default_context(256, schedule="leaky-rerope", neighbor_window=252) == 256
+    assert longest_context(256, schedule="leaky-rerope", neighbor_window=252) < 1024
+    assert default_context(256, schedule="adagrope") == 1024
+    assert context_within(256, 4096, schedule="adagrope") == 4096
+    assert context_within(256, 10**9, schedule="adagrope") == 16828 // 256 * 256
