@@ -35,7 +35,9 @@ def bench(
     flash_attn: bool | None,
     as_json: bool,
 ) -> None:
-    """Compare time and memory with plain llama_cpp.Llama, interleaved in one run [bundled model].
+    """Compare time and memory with plain llama.cpp.
+
+    Both sides are llama_cpp.Llama and ours, interleaved in one run. Without MODEL it is the bundled model.
 
     \b
     Examples:

@@ -81,7 +81,7 @@ def chat(
     Examples:
         sx-gguf chat model.gguf
         sx-gguf chat model.gguf -f book.txt --system "Answer in one sentence."
-        printf 'Hello!\n/save hello.json\n' | sx-gguf chat model.gguf
+        printf 'Hello!\\n/save hello.json\\n' | sx-gguf chat model.gguf
     """
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     sampling = take_sampling(options)

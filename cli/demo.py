@@ -21,7 +21,9 @@ from selfextend_gguf.tiny.keys import KeyTask, key_task
 )
 @click.option("--seed", type=int, default=1, show_default=True, help="Which key and which part of the text.")
 def demo(times: int, depth: float, seed: int) -> None:
-    """Hide a key in a text of 16 trained contexts and ask the bundled model for it, with and without Self-Extend.
+    """Let the bundled model find a key far beyond its trained context.
+
+    A key is hidden in a text of 16 trained contexts. The model is asked for it, with and without Self-Extend.
 
     \b
     Example:

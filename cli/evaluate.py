@@ -99,10 +99,10 @@ def ppl(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Perplexity by text length: Self-Extend, plain llama.cpp, and others with --against.
+    """Measure perplexity by text length.
 
-    Each length is read from its beginning; losses are those of its second half. "relative" compares with Self-Extend
-    on the same tokens, so its standard error is small.
+    Of Self-Extend, plain llama.cpp, and others with --against. Each length is read from its beginning; losses are those
+    of its second half. "relative" compares with Self-Extend on the same tokens, so its standard error is small.
 
     \b
     Examples:
@@ -195,10 +195,10 @@ def passkey(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Retrieval by text length and depth: does the model find what stands there?
+    """Measure retrieval by text length and depth.
 
-    Scores are the fraction of the answers found, with 95 % confidence intervals. The format `native` is the one that
-    the bundled models understand.
+    Does the model find what stands there? Scores are the fraction of the answers found, with 95 % confidence intervals.
+    The bundled models understand the format `native`.
 
     \b
     Examples:

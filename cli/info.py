@@ -24,7 +24,9 @@ from selfextend_gguf.planning import default_context, longest_context, plan
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 @verbose_option
 def info(model: Path, ctx: int | None, as_json: bool, verbose: bool, **parameters: Any) -> None:
-    """Show a model's context, RoPE and memory, and what Self-Extend does at a context.
+    """Show what a model is, and what Self-Extend does with it.
+
+    Its context, RoPE and memory, and the parameters for a context.
 
     \b
     Example:

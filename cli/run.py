@@ -70,10 +70,10 @@ def run(
     timings: bool,
     **options: Any,
 ) -> None:
-    """Complete a prompt; a text longer than the trained context is extended without asking.
+    """Complete a prompt of any length.
 
-    The prompt is the argument, -p, -f FILE or standard input; with -f and a prompt, the file comes first. On a
-    terminal and without any of them, a chat begins.
+    A text longer than the trained context is extended without asking. The prompt is the argument, -p, -f FILE or
+    standard input. With -f and a prompt, the file comes first. On a terminal and without any of them, a chat begins.
 
     \b
     Examples:

@@ -56,9 +56,11 @@ def serve(
     prompt_cache_ro: Path | None,
     **options: Any,
 ) -> None:
-    """Serve models over HTTP with OpenAI's API: completions and chat, streamed or not.
+    """Serve models over HTTP with OpenAI's API.
 
-    Several models are loaded one at a time, when asked for. Needs pip install 'selfextend-gguf[server]'.
+    Completions and chat, streamed or not. Several models are loaded one at a time, when asked for.
+
+    Needs pip install 'selfextend-gguf[server]'.
 
     \b
     Examples:

@@ -34,13 +34,13 @@ SHOWN = 5
 def tune(
     model: Path, ctx: int, file: Path | None, budget: float, out: Path | None, as_json: bool, **options: Any
 ) -> None:
-    """Try schedules, group sizes, windows and distances on a text, and print the best.
+    """Try Self-Extend's parameters on a text, and print the best.
 
-    Ranked by perplexity on the same tokens (those beyond the trained context), paired with the automatic parameters;
-    the best are also asked for keys hidden in the text.
+    Schedules, group sizes, windows and distances are ranked by perplexity on the same tokens (those beyond the trained
+    context), paired with the automatic parameters. The best are also asked for keys hidden in the text.
 
     \b
-    Example:
+    Examples:
         sx-gguf tune model.gguf --ctx 16384 -f book.txt -o tuned.json
         sx-gguf run model.gguf --ctx 16384 --config tuned.json -f book.txt
     """

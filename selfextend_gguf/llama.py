@@ -60,6 +60,21 @@ class Llama(llama_cpp.Llama):
     With `n_ctx` within the trained context it is plain llama.cpp. Beyond, cached keys are given grouped key
     positions as the text grows (arXiv 2401.01325); `self_extend` holds the resolved parameters. Not thread-safe,
     like its parent.
+
+    >>> from selfextend_gguf import Llama
+    >>> from selfextend_gguf.models import DEMO_TEXT, TINY_MODEL
+    >>> llm = Llama(str(TINY_MODEL), n_ctx=1024, verbose=False)  # trained on 256 tokens, which are bytes
+    >>> llm.self_extend.group_size, llm.self_extend.neighbor_window, llm.self_extend.max_distance
+    (17, 48, 192)
+    >>> text = "The stone key is 57901.\\n" + DEMO_TEXT.read_text()[:800]
+    >>> question = "\\nWhat is the stone key? The stone key is "
+    >>> llm(text + question, max_tokens=5, temperature=0)["choices"][0]["text"]
+    '57901'
+    >>> llm.n_tokens, int(llm.key_positions[-1] - llm.key_positions[0])  # tokens, and the largest distance among them
+    (869, 164)
+    >>> llm.rewrite_stats.n_rewrites  # how often keys were moved
+    10
+    >>> llm.close()
     """
 
     def __init__(
@@ -336,6 +351,16 @@ class Llama(llama_cpp.Llama):
 
         The file appears whole or not at all; an older one at `path` stays if anything goes wrong. Raises OSError and
         PromptCacheError.
+
+        >>> from selfextend_gguf import Llama
+        >>> from selfextend_gguf.models import DEMO_TEXT, TINY_MODEL
+        >>> llm = Llama(str(TINY_MODEL), n_ctx=1024, verbose=False)
+        >>> llm.eval(llm.tokenize(DEMO_TEXT.read_bytes()[:600]))
+        >>> llm.save_prompt("demo.kv")
+        >>> llm.reset()
+        >>> llm.load_prompt("demo.kv")  # tokens that need not be read again
+        600
+        >>> llm.close()
         """
         self._remove_the_rest()
         write_prompt(Path(path), self.ctx, self.saved_prompt())
@@ -354,6 +379,20 @@ class Llama(llama_cpp.Llama):
         Raises OSError (a missing file, ...), PromptCacheError if the file is damaged or does not fit the context, and
         its subclass ForeignPromptCacheError if another model, version or kind of cache made it. The cache is empty
         then.
+
+        >>> from selfextend_gguf import Llama
+        >>> from selfextend_gguf.models import DEMO_TEXT, TINY_MODEL
+        >>> llm = Llama(str(TINY_MODEL), n_ctx=1024, verbose=False)
+        >>> llm.eval(llm.tokenize(DEMO_TEXT.read_bytes()[:600]))
+        >>> llm.save_prompt("demo.kv")
+        >>> other = Llama(str(TINY_MODEL), n_ctx=2048, schedule="paper", verbose=False)
+        >>> other.load_prompt("demo.kv")
+        600
+        >>> other.eval(other.tokenize(b" And so on.", add_bos=False))  # keys move to the other schedule's positions
+        >>> other.n_tokens
+        611
+        >>> llm.close()
+        >>> other.close()
         """
         return self._restore(
             f"the prompt cache {path}",

@@ -121,16 +121,32 @@ def plan(
 ) -> SelfExtendConfig:
     """Resolve the parameters for reading `n_ctx` tokens with a model trained on `n_ctx_train`.
 
-    None = automatic: distances below 3/4 of the trained context, or all where only that reaches `n_ctx` (adagrope:
-    half of it, the others: all of it), a quarter of the room for the neighbor window, a third of the rest (at most 512)
-    for the tokens between two moves of the boundary (adagrope: half of the rest), and the smallest groups that reach
-    `n_ctx` with these. The room is all distances; adagrope's is the quarter of them that it keeps exact.
+    None = automatic:
+    - distances below 3/4 of the trained context, or all where only that reaches `n_ctx` (adagrope: half of it, the
+      others: all of it);
+    - a quarter of the room for the neighbor window; the room is all distances (adagrope: the quarter of them that it
+      keeps exact);
+    - five ninths of the rest for the tokens between two moves of the boundary (adagrope: half of it, the others: a
+      third), but at most 512 or, where that is more, a sixth of the rest (adagrope: at most 512);
+    - the smallest groups that reach `n_ctx` with these.
 
     Raises ConfigError for values out of range, for parameters that the schedule has no use for, and for a combination
     that cannot reach `n_ctx`; the message names the smallest change that would.
 
     Sources: arXiv 2401.01325, section 3 (group size, neighbor window, longest text); those of the other schedules are
     in `selfextend_gguf.schedule`.
+
+    >>> from selfextend_gguf import plan
+    >>> config = plan(n_ctx_train=4096, n_ctx=16384)
+    >>> config.group_size, config.neighbor_window, config.max_distance
+    (11, 768, 3072)
+    >>> config.longest_context  # what these numbers reach
+    16642
+    >>> plan(n_ctx_train=4096, n_ctx=2048).is_active  # fits: plain llama.cpp
+    False
+    >>> plan(n_ctx_train=4096, n_ctx=16384, group_size=4)
+    Traceback (most recent call last):
+    selfextend_gguf.errors.ConfigError: group size 4 with a neighbor window of 1024 reaches 9730 tokens, not 16384: ...
     """
     _check_range("n_ctx_train", n_ctx_train, 8, LONGEST)
     _check_range("n_ctx", n_ctx, 1, LONGEST)

@@ -1,4 +1,4 @@
-"""Keys found and perplexity of a bundled model beyond its trained context: docs/bundled-models.md.
+"""Keys found and perplexity of a bundled model beyond its trained context: the table of the README.
 
     python -m selfextend_gguf.studies.long_texts --text tests/data/heldout.txt
 

@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             print(name, flush=True)
             results[name] = study(pool, str(model), text, methods, args.times)
             draw(name, results[name], args.out)
-    machine = f", on {args.machine}" if args.machine else ""
+    machine = f",\non {args.machine}" if args.machine else ""
     (args.out / "results.md").write_text(document(results, methods, args.times, machine), encoding="utf-8")
 
 
