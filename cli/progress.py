@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,11 @@ _READING = "{desc} |{bar}| {n_fmt} of {total_fmt} tokens, {rate_noinv_fmt}, {rem
 
 
 def _bar(**options: Any) -> tqdm[Any]:
-    return tqdm(file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+    shown = sys.stderr.isatty()
+    # A terminal that does not know its size says 0, for which tqdm would draw nothing.
+    has_size = shown and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    size: dict[str, Any] = {"dynamic_ncols": True} if has_size else {"ncols": 80, "nrows": 24}
+    return tqdm(file=sys.stderr, disable=not shown, **size, **options)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def run(
         if not tokens.tokens:
             raise click.UsageError("the prompt is empty")
         n_ctx = ctx or cache.context_for(len(tokens.tokens) + predict + 1, tokens.tokens)
-        check_room(len(tokens.tokens) + 1, whole_cells(n_ctx))
+        check_room(len(tokens.tokens), whole_cells(n_ctx), n_answer=1)
         began = time.perf_counter()
         llm = Llama(
             str(model), n_ctx=n_ctx, n_batch=batch_size, seed=seed, model_info=info, **llama_arguments(**options)

@@ -58,7 +58,7 @@ def stream_completion(
     it raises leaves the cache with the tokens read so far. Raises ContextFullError when the prompt does not fit.
     """
     n_prompt = len(prompt.tokens)
-    check_room(n_prompt + 1, llm.n_ctx())  # one token of an answer
+    check_room(n_prompt, llm.n_ctx(), n_answer=1)
     # The last token is read in any case, for its logits.
     n_cached = max(
         0, min(n_prompt - 1, llm.longest_token_prefix(llm.input_ids[: llm.n_tokens].tolist(), prompt.tokens))

@@ -213,7 +213,7 @@ def default_context(n_ctx_train: int, **parameters: Any) -> int:
     return context_within(n_ctx_train, whole_cells(TIMES_TRAINED * n_ctx_train), **parameters)
 
 
-def check_room(n_tokens: int, n_ctx: int) -> None:
-    """Raise ContextFullError when a context has no room for so many tokens."""
-    if n_tokens > n_ctx:
+def check_room(n_tokens: int, n_ctx: int, *, n_answer: int = 0) -> None:
+    """Raise ContextFullError when a context has no room for so many tokens, and an answer."""
+    if n_tokens + n_answer > n_ctx:
         raise ContextFullError(f"Requested tokens ({n_tokens}) exceed context window of {n_ctx}")

@@ -176,7 +176,7 @@ def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
 
     assert term.enter(f"/file {book}")[-2].endswith("6000 tokens, to be read before the next message.")
     term.type("And so\r")
-    term.until(r"^Reading +\[#.*\d+ of 6\d\d\d tokens, \d+ tokens/s")
+    term.until(r"^Reading +\|.*\| +\d+ of 6\d\d\d tokens, [\d.]+ tokens/s, \S+ left")
     term.type("\x03")
     line = term.until(r"^Interrupted after .*\n>\Z")[-2]
     read, total = map(
@@ -209,7 +209,7 @@ def test_the_bar_fits_a_narrow_terminal(terminal, tmp_path, heldout_text):
     term.type(f"/file {book}\r")
     term.until(r"next message(.|\n)*^>\Z")
     term.type("\x0cAnd so\r")
-    lines = term.until(r"^Reading .*\d+ of 6\d\d\d tokens, \d+ tokens/s$")
+    lines = term.until(r"^Reading .*\d+ of 6\d\d\d tokens, .* left$")
     assert [line for line in lines if line.startswith("Reading")] == lines[1:]  # one line, drawn over itself
     term.until(r"^> And so\n(?!Reading).+\n>\Z")
 

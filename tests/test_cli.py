@@ -176,7 +176,7 @@ def test_a_progress_bar_on_a_terminal(task):
         output += chunk
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     screen = output.decode()
-    assert re.search(r"Reading .*100%.*1\d\d\d of 1\d\d\d tokens, \d+ tokens/s", screen)
+    assert re.search(r"Reading .*(1\d\d\d) of \1 tokens, [\d.]+ tokens/s", screen)
     assert task.answer in screen
 
 
@@ -202,10 +202,10 @@ def bad_models(tmp_path_factory):
         ("missing.gguf", "does not exist"),
         ("directory.gguf", "is a directory"),
         ("empty.gguf", "is empty"),
-        ("truncated.gguf", "damaged, truncated"),
-        ("header.gguf", "damaged, truncated"),
+        ("truncated.gguf", "is not within the file bounds, model is corrupted or incomplete"),
+        ("header.gguf", "failed to read key-value pairs"),
         ("random.gguf", "is not a GGUF file"),
-        ("magic.gguf", "damaged, truncated"),
+        ("magic.gguf", "GGUF"),
     ],
 )
 @pytest.mark.parametrize("command", [["run", "-p", "x"], ["info"]])
