@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -257,6 +259,36 @@ def test_tune_writes_what_config_reads(text_file, tmp_path):
     assert parameters.items() <= facts["self_extend"].items()
     run = invoke("run", MODEL, "x" * 300, "-c", "1024", "-n", "1", "--config", str(tuned), "--json")
     assert parameters.items() <= json.loads(run.stdout)["self_extend"].items()
+
+
+def test_results_replace_a_file_whole_or_not_at_all(text_file, tmp_path, monkeypatch):
+    """A disk that fills up while a picture or parameters are written leaves what was there."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for name, arguments in (
+        ("ppl.png", ["eval", "ppl", MODEL, "-f", text_file, "--lengths", "256", "--plot"]),
+        ("tuned.json", ["tune", MODEL, "-c", "512", "-f", text_file, "--budget", "5", "-o"]),
+    ):
+        file = tmp_path / name
+        file.write_text("before")
+        result = invoke(*arguments, str(file))
+        assert (result.exit_code, file.read_text()) == (1, "before")
+        assert result.stderr.endswith(f"Error: [Errno 28] No space left on device: '{file}'\n")
+        assert list(tmp_path.iterdir()) == [file]
+        file.unlink()
+
+
+def test_passkey_lengths_respect_the_parameters():
+    """Groups of 6 reach less than 16 trained contexts: the default lengths stay within."""
+    result = invoke(
+        "eval", "passkey", MODEL, "--task", "native", "--trials", "1", "--depths", "1", "-gan", "6", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    lengths = [cell["n_tokens"] for cell in json.loads(result.stdout)["cells"]]
+    assert lengths == [256]  # 512 tokens are reached, less the room for an answer
 
 
 def test_config_files_that_tune_did_not_write_are_refused(tmp_path):
