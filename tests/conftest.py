@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+
+# Tiny models are read fastest on one thread: several mostly wait for each other, and for whatever else the machine
+# does. The libraries read this when they are loaded, those of child processes as well.
+for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+    os.environ.setdefault(name, "1")
 
 # `python -m pytest` puts the source tree in front of the installed package, which alone has the compiled library.
 ROOT = Path(__file__).resolve().parents[1]
@@ -12,7 +19,8 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from helpers import SHAPES  # noqa: E402
+from families import FAMILIES, write_family  # noqa: E402
+from helpers import CHAT_TEMPLATE, SHAPES, TOOLS_TEMPLATE  # noqa: E402
 
 from selfextend_gguf.models import TINY_MODEL  # noqa: E402
 from selfextend_gguf.reference import Reference  # noqa: E402
@@ -25,25 +33,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
+# The bundled model's weights in F32 (for its Q8_0 file, llama.cpp rounds activations to 8 bits), and chat templates.
+BUNDLED = {"bundled": None, "bundled-chat": CHAT_TEMPLATE, "bundled-tools": TOOLS_TEMPLATE}
 
 
 @pytest.fixture(scope="session")
-def model(model_folder: Path) -> Callable[[str], Path]:
-    """Path of an F32 model: random weights in one of SHAPES, or "bundled": the bundled model's weights in F32
-    (for its Q8_0 file, llama.cpp rounds activations to 8 bits)."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Path of the F32 model of a name: one of BUNDLED, or random weights in one of SHAPES or FAMILIES."""
+    folder = tmp_path_factory.mktemp("models")
 
+    @cache
     def make(name: str) -> Path:
-        path = model_folder / f"{name}.gguf"
-        if path.exists():
-            return path
-        if name == "bundled":
-            weights = Reference(TINY_MODEL).weights
-            write_llama(path, LlamaShape(), {key: w.astype(np.float32) for key, w in weights.items()})
-        else:
+        path = folder / f"{name}.gguf"
+        if name in BUNDLED:
+            weights = {key: w.astype(np.float32) for key, w in Reference(TINY_MODEL).weights.items()}
+            write_llama(path, LlamaShape(), weights, chat_template=BUNDLED[name])
+        elif name in SHAPES:
             write_llama(path, SHAPES[name], random_tensors(SHAPES[name], seed=len(name)))
+        else:
+            write_family(FAMILIES[name], path)
         return path
 
     return make

@@ -26,6 +26,13 @@ SHAPES = {
     ),
 }
 
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+TOOLS_TEMPLATE = (
+    "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tool messages') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+)
+
 
 def random_tokens(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(1, 256, n).tolist()

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from families import EXTENDED, FAMILIES, REFUSED, Family
+from families import EXTENDED, FAMILIES, REFUSED, Family, write_family
 from oracle import N_CTX, Verdict, examine
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -69,7 +69,9 @@ def document(verdict_of: Callable[[str], Verdict]) -> str:
 
 def examine_by_name(name: str) -> Verdict:
     with tempfile.TemporaryDirectory() as folder:
-        return examine(FAMILIES[name], Path(folder))
+        path = Path(folder) / "model.gguf"
+        write_family(FAMILIES[name], path)
+        return examine(FAMILIES[name], path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
-from families import N_VOCAB, Family, rotate, write_family
+from families import N_VOCAB, Family, rotate
 from helpers import F32, random_tokens, relative_error
 from kv_state import read_keys, write_keys
 from llama_cpp._internals import LlamaBatch, LlamaContext, LlamaModel
@@ -29,10 +29,8 @@ set_log_level(verbose=False)
 N_CTX = 256  # four times the trained context of the families' models
 
 
-def load(family: Family, folder: Path) -> LlamaModel:
-    """A model of `family`, written to `folder`, on the CPU."""
-    path = folder / "model.gguf"
-    write_family(family, path)
+def load(path: Path) -> LlamaModel:
+    """A model on the CPU."""
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0  # GPUs round more
     return LlamaModel(path_model=str(path), params=params, verbose=False)
@@ -132,13 +130,13 @@ class Verdict:
     rollback: float = 0.0  # relative error after a rollback into grouped text, against the first reading
 
 
-def examine(family: Family, folder: Path) -> Verdict:
-    """Read N_CTX tokens with the engine, and by the other roads."""
-    model = load(family, folder)
+def examine(family: Family, path: Path) -> Verdict:
+    """Read N_CTX tokens with the engine, and by the other roads, in a model of `family`."""
+    model = load(path)
     tokens = random_tokens(N_CTX, seed=8)
     arguments = {"n_ctx": N_CTX, "logits_all": True, "flash_attn": False, "n_threads": 1, "verbose": False, **F32}
     try:
-        llm = Llama(str(folder / "model.gguf"), **arguments)
+        llm = Llama(str(path), **arguments)
     except UnsupportedModelError as error:
         model.close()
         return Verdict(refused=str(error))

@@ -15,12 +15,9 @@ import pexpect
 import pyte
 import pytest
 from click.testing import CliRunner, Result
-from families import FAMILIES, write_family
-from helpers import SHAPES
 
 from selfextend_gguf.cli import main
 from selfextend_gguf.models import TINY_MODEL
-from selfextend_gguf.tiny.model_file import random_tensors, write_llama
 
 COMMAND = str(Path(sys.executable).with_name("sx-gguf"))
 MODEL = str(TINY_MODEL)
@@ -363,28 +360,25 @@ def test_a_seed_makes_a_conversation_and_not_each_answer():
     assert model != again
 
 
-def test_an_answer_that_is_cut_says_so(tmp_path):
-    path = tmp_path / "chat.gguf"
-    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
-    write_llama(path, SHAPES["norm-32"], random_tensors(SHAPES["norm-32"], 1), chat_template=template)
-    result = piped("-n", "4", "--temp", "0", lines="hello", model=str(path))
+def test_an_answer_that_is_cut_says_so(model):
+    path = str(model("bundled-chat"))
+    result = piped("-n", "4", "--temp", "0", lines="hello", model=path)
     assert result.stderr == "The answer was cut after 4 tokens (-n).\n"
-    result = piped("-n", "400", "--temp", "0", "-c", "256", lines="x" * 200, model=str(path))
+    result = piped("-n", "400", "--temp", "0", "-c", "256", lines="x" * 200, model=path)
     assert result.stderr == "The context is full: /undo, /clear or a larger --ctx make room.\n"
 
 
 # ---- the context ---------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_cannot_be_extended_talks_within_its_trained_context(tmp_path):
-    path = tmp_path / "model.gguf"
-    write_family(FAMILIES["hunyuan-dense"], path)
-    result = piped("-n", "2", "--temp", "0", "--raw", lines="hello\n/stats\n", model=str(path))
+def test_a_model_that_cannot_be_extended_talks_within_its_trained_context(model):
+    path = str(model("hunyuan-dense"))
+    result = piped("-n", "2", "--temp", "0", "--raw", lines="hello\n/stats\n", model=path)
     assert result.exit_code == 0
     assert "The context is the trained one, 64 tokens: layer 0 passes its rotated keys through MUL" in result.stderr
     assert "Self-Extend  not needed" in result.stderr
     assert len(result.stdout) > 1
-    refused = piped("-c", "512", lines="hello\n", model=str(path))
+    refused = piped("-c", "512", lines="hello\n", model=path)
     assert refused.exit_code == 1
     assert refused.stderr.startswith("Error: layer 0 passes its rotated keys through MUL")
 

@@ -19,7 +19,6 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner, Result
-from families import FAMILIES, write_family
 from helpers import SHAPES
 
 from selfextend_gguf import llama as llama_module
@@ -139,18 +138,10 @@ def test_timings_go_to_standard_error(task):
     assert re.search(r"prompt 1\d\d\d tokens, .* tokens/s \| generated 5 tokens", result.stderr)
 
 
-def test_chat_template_is_applied_unless_raw(tmp_path):
-    path = tmp_path / "chat.gguf"
-    reader = gguf.GGUFReader(MODEL)
-    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
-    from selfextend_gguf.reference import Reference
-    from selfextend_gguf.tiny.model_file import write_llama
-
-    assert reader.tensors
-    weights = {k: v.astype(np.float32) for k, v in Reference(MODEL).weights.items()}
-    write_llama(path, LlamaShape(), weights, chat_template=template)
+def test_chat_template_is_applied_unless_raw(model):
+    path = str(model("bundled-chat"))
     counts = [
-        json.loads(invoke("run", str(path), "hello", "-n", "1", "--json", *more).stdout)["prompt_tokens"]
+        json.loads(invoke("run", path, "hello", "-n", "1", "--json", *more).stdout)["prompt_tokens"]
         for more in ([], ["--raw"], ["--system", "Be brief."])
     ]
     assert counts == [
@@ -508,19 +499,8 @@ def test_info_of_other_architectures(model, name):
     assert facts["extendable"]
 
 
-@pytest.fixture(scope="module")
-def family_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-
-    def make(name: str) -> str:
-        write_family(FAMILIES[name], folder / f"{name}.gguf")
-        return str(folder / f"{name}.gguf")
-
-    return make
-
-
-def test_a_key_path_that_is_not_recognised_is_refused_in_one_line_before_reading(family_path):
-    path = family_path("hunyuan-dense")
+def test_a_key_path_that_is_not_recognised_is_refused_in_one_line_before_reading(model):
+    path = str(model("hunyuan-dense"))
     reason = "layer 0 passes its rotated keys through MUL, which Self-Extend does not know how to undo"
     result = invoke("run", path, "x" * 100, "-n", "4")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"Error: {reason}\n")
@@ -533,19 +513,19 @@ def test_a_key_path_that_is_not_recognised_is_refused_in_one_line_before_reading
 
 
 @pytest.mark.parametrize(("name", "rewritten"), [("gemma3", "1 of 6"), ("smollm3", "3 of 4"), ("llama4", "0 of 4")])
-def test_info_counts_the_layers_that_are_rewritten(family_path, name, rewritten):
-    result = invoke("info", family_path(name))
+def test_info_counts_the_layers_that_are_rewritten(model, name, rewritten):
+    result = invoke("info", str(model(name)))
     assert re.search(rf"Rewritten layers: +{rewritten}\n", result.stdout)
     assert ("layers with RoPE look back a window only" in result.stdout) == rewritten.startswith("0")
 
 
-def test_keys_of_few_bits_are_warned_of_in_one_line(family_path):
-    result = invoke("run", family_path("gemma2"), "x" * 100, "-c", "512", "-n", "1", "-ctk", "q4_0")
+def test_keys_of_few_bits_are_warned_of_in_one_line(model):
+    result = invoke("run", str(model("gemma2")), "x" * 100, "-c", "512", "-n", "1", "-ctk", "q4_0")
     assert result.exit_code == 0
     assert re.fullmatch(r"Warning: reading 512 tokens .* use q8_0 or f16 keys\n", result.stderr)
 
 
-def test_llama_cpps_reason_is_given_when_it_makes_no_context(family_path):
-    result = invoke("run", family_path("deepseek2 (MLA)"), "x" * 100, "-ctk", "q8_0", "-n", "1")
+def test_llama_cpps_reason_is_given_when_it_makes_no_context(model):
+    result = invoke("run", str(model("deepseek2 (MLA)")), "x" * 100, "-ctk", "q8_0", "-n", "1")
     assert result.exit_code == 1
     assert "model does not support different K (q8_0) and V (f16) cache types" in result.stderr

@@ -10,7 +10,7 @@ from contextlib import closing
 import gguf
 import numpy as np
 import pytest
-from helpers import SHAPES
+from helpers import CHAT_TEMPLATE, SHAPES
 
 from selfextend_gguf import Llama
 from selfextend_gguf.cli.interrupts import deferred_interrupts
@@ -19,11 +19,8 @@ from selfextend_gguf.errors import ContextFullError, ConversationError, PromptCa
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.prompt import make_prompt
-from selfextend_gguf.reference import Reference
 from selfextend_gguf.tiny import model_file
 from selfextend_gguf.tiny.model_file import LlamaShape, byte_characters, random_tensors, write_llama
-
-TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 
 
 class Opened:
@@ -61,12 +58,8 @@ class Opened:
 
 
 @pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    """The bundled weights with a chat template."""
-    path = tmp_path_factory.mktemp("chat") / "chat.gguf"
-    weights = {k: v.astype(np.float32) for k, v in Reference(TINY_MODEL).weights.items()}
-    write_llama(path, LlamaShape(), weights, chat_template=TEMPLATE)
-    return path
+def chat_model(model):
+    return model("bundled-chat")
 
 
 @pytest.fixture
@@ -279,7 +272,7 @@ def pair_model(tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "add_byte_vocabulary", add_vocabulary)
     shape = LlamaShape(n_ctx_train=64, n_layer=2, n_embd=64, n_head=4, n_head_kv=2, head_dim=32, n_ff=96, n_vocab=512)
     path = tmp_path / "pairs.gguf"
-    write_llama(path, shape, random_tensors(shape, 1), chat_template=TEMPLATE)
+    write_llama(path, shape, random_tensors(shape, 1), chat_template=CHAT_TEMPLATE)
     return path
 
 

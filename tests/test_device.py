@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cache
 
@@ -10,7 +10,6 @@ import llama_cpp
 import numpy as np
 import pytest
 import rpc
-from families import FAMILIES, write_family
 from helpers import SHAPES, random_tokens, relative_error
 
 from selfextend_gguf import Llama
@@ -28,21 +27,6 @@ def device(request) -> Iterator[None]:
     with rpc.server() if chosen == "rpc" else nullcontext():
         assert llama_cpp.llama_supports_gpu_offload(), "this llama-cpp-python knows no device but the CPU"
         yield
-
-
-@pytest.fixture(scope="module")
-def path_of(model, tmp_path_factory) -> Callable[[str], str]:
-    folder = tmp_path_factory.mktemp("families")
-
-    def make(name: str) -> str:
-        if name in SHAPES:
-            return str(model(name))
-        path = folder / f"{name}.gguf"
-        if not path.exists():
-            write_family(FAMILIES[name], path)
-        return str(path)
-
-    return make
 
 
 def load(path: str, n_gpu_layers: int, kind: str, *, plain: bool = False, **arguments) -> llama_cpp.Llama:
@@ -83,9 +67,9 @@ def tolerance(path: str, kind: str) -> float:
 
 @pytest.mark.parametrize("n_gpu_layers", [ALL_LAYERS, 2], ids=["all", "split"])
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_logits_equal_the_cpus(path_of, name, kind, n_gpu_layers):
+def test_logits_equal_the_cpus(model, name, kind, n_gpu_layers):
     """Reading far beyond the trained context, rolling back into grouped text, restoring into a new context."""
-    path, kept = path_of(name), 200
+    path, kept = str(model(name)), 200
     tokens = random_tokens(N, seed=9)
     cpu, llm = load(path, 0, kind), load(path, n_gpu_layers, kind)
     assert on_cpu_only(cpu)
@@ -109,8 +93,8 @@ def test_logits_equal_the_cpus(path_of, name, kind, n_gpu_layers):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_cache_on_the_host_and_layers_on_the_device(path_of, name):
-    path, tokens = path_of(name), random_tokens(N, seed=10)
+def test_cache_on_the_host_and_layers_on_the_device(model, name):
+    path, tokens = str(model(name)), random_tokens(N, seed=10)
     cpu, llm = load(path, 0, "f32"), load(path, ALL_LAYERS, "f32", offload_kqv=False)
     assert on_cpu_only(llm)
     cpu.eval(tokens)

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import llama_cpp
 import numpy as np
 import pytest
-from families import EXTENDED, REFUSED, Family
+from families import EXTENDED, FAMILIES, REFUSED, Family
 from helpers import random_tokens, relative_error
 from kv_state import read_keys, write_keys
 from llama_cpp._internals import LlamaModel
-from models_table import DOCUMENT, document, examine_by_name
-from oracle import Verdict, decode, get_state, load, new_context, set_state, turn
+from models_table import DOCUMENT, document
+from oracle import Verdict, decode, examine, get_state, load, new_context, set_state, turn
 
 TOKENS = random_tokens(24)  # more than a sliding window
 N_CACHED = len(TOKENS) - 1
 FAR, FAR_BY = np.arange(N_CACHED) < 12, 10  # the first 12 keys, moved 10 positions away from what follows
 
 
-@cache
-def verdict_of(name: str) -> Verdict:
-    return examine_by_name(name)
+@pytest.fixture(scope="module")
+def verdict_of(model) -> Callable[[str], Verdict]:
+    return cache(lambda name: examine(FAMILIES[name], model(name)))
 
 
 @pytest.mark.parametrize("family", EXTENDED, ids=lambda family: family.name)
-def test_the_engine_equals_every_other_road(family):
+def test_the_engine_equals_every_other_road(family, verdict_of):
     verdict = verdict_of(family.name)
     assert verdict.refused is None
     assert verdict.n_rewritten == family.kinds.count("R")
@@ -40,11 +40,11 @@ def test_the_engine_equals_every_other_road(family):
 
 
 @pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)
-def test_refused_families_say_why(family):
+def test_refused_families_say_why(family, verdict_of):
     assert family.refused in verdict_of(family.name).refused
 
 
-def test_the_documentation_says_what_the_engine_does():
+def test_the_documentation_says_what_the_engine_does(verdict_of):
     assert DOCUMENT.read_text(encoding="utf-8") == document(verdict_of)
 
 
@@ -57,23 +57,23 @@ def family(request) -> Family:
 
 
 @pytest.fixture(scope="module")
-def model(family, tmp_path_factory) -> Iterator[LlamaModel]:
-    model = load(family, tmp_path_factory.mktemp("family"))
-    yield model
-    model.close()
+def loaded(family, model) -> Iterator[LlamaModel]:
+    loaded = load(model(family.name))
+    yield loaded
+    loaded.close()
 
 
-def test_logits_are_finite_and_depend_on_order(model):
-    logits = decode(new_context(model), TOKENS)
-    swapped = decode(new_context(model), [*TOKENS[:12][::-1], *TOKENS[12:]])
+def test_logits_are_finite_and_depend_on_order(loaded):
+    logits = decode(new_context(loaded), TOKENS)
+    swapped = decode(new_context(loaded), [*TOKENS[:12][::-1], *TOKENS[12:]])
     assert np.isfinite(logits).all()
     assert 1 < np.abs(logits).max() < 20
     assert relative_error(swapped, logits) > 0.01
 
 
-def test_keys_turn_as_declared(family, model):
+def test_keys_turn_as_declared(family, loaded):
     shift = 31
-    here, there = new_context(model), new_context(model)
+    here, there = new_context(loaded), new_context(loaded)
     decode(here, TOKENS)
     decode(there, TOKENS, position=shift)
     keys = read_keys(get_state(here))
@@ -84,20 +84,20 @@ def test_keys_turn_as_declared(family, model):
             assert relative_error(got, want) < (1e-5 if first else 1e-4), f"global layer {layer}"
 
 
-def test_moved_keys(family, model):
+def test_moved_keys(family, loaded):
     """Keys turned here give the logits of llama.cpp's K-shift, exactly if the family says so."""
-    context = new_context(model)
+    context = new_context(loaded)
     decode(context, TOKENS[:-1])
     state = get_state(context)
     near = decode(context, TOKENS[-1:], N_CACHED)
 
     keys = turn(read_keys(state), family, np.where(FAR, -FAR_BY, 0))
-    turned = new_context(model)
+    turned = new_context(loaded)
     set_state(turned, write_keys(state, keys))
     far = decode(turned, TOKENS[-1:], N_CACHED)
     assert (relative_error(far, near) > 0.01) == any(family.global_layers)
 
-    shifted = new_context(model)
+    shifted = new_context(loaded)
     set_state(shifted, state)
     # The other keys move the other way, and the last token with them: the same distances.
     llama_cpp.llama_memory_seq_add(shifted.memory, 0, 12, -1, FAR_BY)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import pytest
-from families import FAMILIES, write_family
 from helpers import F32, random_tokens, relative_error
 
 from selfextend_gguf import Llama
@@ -14,30 +12,17 @@ from selfextend_gguf.errors import EngineError, KeyPrecisionWarning
 from selfextend_gguf.kv_cache import KV_TYPES
 
 
-@pytest.fixture(scope="module")
-def path_of(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-
-    def make(name: str) -> str:
-        path: Path = folder / f"{name}.gguf"
-        if not path.exists():
-            write_family(FAMILIES[name], path)
-        return str(path)
-
-    return make
-
-
 @pytest.mark.parametrize("schedule", ["selfextend", "paper"])
 @pytest.mark.parametrize("n_ctx", [256, 512, 1024])
-def test_the_number_of_moves_is_known_in_advance(path_of, n_ctx, schedule):
-    llm = Llama(path_of("gemma2"), n_ctx=n_ctx, schedule=schedule, verbose=False, **F32)
+def test_the_number_of_moves_is_known_in_advance(model, n_ctx, schedule):
+    llm = Llama(str(model("gemma2")), n_ctx=n_ctx, schedule=schedule, verbose=False, **F32)
     llm.eval(random_tokens(n_ctx))
     assert llm.rewrite_stats.n_rewrites <= llm.self_extend.n_moves <= llm.rewrite_stats.n_rewrites + 1
 
 
-def test_keys_of_few_bits_in_a_model_that_rewrites_often_are_warned_of(path_of):
+def test_keys_of_few_bits_in_a_model_that_rewrites_often_are_warned_of(model):
     def moves(name: str, kind: str) -> int:
-        llm = Llama(path_of(name), n_ctx=512, type_k=KV_TYPES[kind], verbose=False)
+        llm = Llama(str(model(name)), n_ctx=512, type_k=KV_TYPES[kind], verbose=False)
         return llm.self_extend.n_moves
 
     with pytest.warns(KeyPrecisionWarning, match=r"rewrites the keys .* 37 times; q4_0 keys lose precision after 10"):
@@ -51,23 +36,23 @@ def test_keys_of_few_bits_in_a_model_that_rewrites_often_are_warned_of(path_of):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "gemma3", "cohere2", "llama4"])
-def test_the_small_cache_of_sliding_layers_gives_the_same_logits(path_of, name):
+def test_the_small_cache_of_sliding_layers_gives_the_same_logits(model, name):
     n = 700
     tokens = random_tokens(n, seed=11)
     logits = []
     for full in (True, False):
-        llm = Llama(path_of(name), n_ctx=768, n_batch=64, swa_full=full, logits_all=True, verbose=False, **F32)
+        llm = Llama(str(model(name)), n_ctx=768, n_batch=64, swa_full=full, logits_all=True, verbose=False, **F32)
         llm.eval(tokens)
         logits.append(llm.scores[:n].copy())
     assert relative_error(logits[1], logits[0]) < 1e-4
 
 
-def test_a_rollback_beyond_what_sliding_layers_remember_reads_the_text_again(path_of):
+def test_a_rollback_beyond_what_sliding_layers_remember_reads_the_text_again(model):
     """Not from keys that are no longer there: llama.cpp itself would go on, with wrong logits."""
     n = 700
     tokens = random_tokens(n, seed=12)
     arguments = {"n_ctx": 768, "n_batch": 64, "logits_all": True, "verbose": False, **F32}
-    llm = Llama(path_of("gemma2"), swa_full=False, **arguments)
+    llm = Llama(str(model("gemma2")), swa_full=False, **arguments)
     llm.eval(tokens)
     fresh = llm.scores[:n].copy()
 

@@ -25,25 +25,16 @@ from llama_cpp.server.settings import ServerSettings
 
 from selfextend_gguf import Llama
 from selfextend_gguf.models import TINY_MODEL
-from selfextend_gguf.reference import Reference
 from selfextend_gguf.server.app import create_app
 from selfextend_gguf.server.kept_prompts import KeptPrompts
 from selfextend_gguf.server.models import OneModelAtATime, ServedModel
 from selfextend_gguf.tiny.keys import key_task
-from selfextend_gguf.tiny.model_file import LlamaShape, write_llama
 
 COMMAND = [str(Path(sys.executable).with_name("sx-gguf")), "serve"]
 MODEL = str(TINY_MODEL)
 KEY = "a-key"
 CONTEXT = 4096  # 16 trained contexts
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "SX_GGUF_API_KEY"}
-
-TEMPLATE = (
-    "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tool messages') }}{% endif %}"
-    "[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
-)
-PLAIN_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 
 
 class Served:
@@ -84,19 +75,16 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def chat_models(tmp_path_factory):
+def chat_models(model):
     """The bundled weights with a chat template that shows tools, and with one that does not."""
-    folder = tmp_path_factory.mktemp("chat")
-    weights = {name: w.astype(np.float32) for name, w in Reference(TINY_MODEL).weights.items()}
-    for name, template in (("chat", TEMPLATE), ("plain", PLAIN_TEMPLATE)):
-        write_llama(folder / f"{name}.gguf", LlamaShape(), weights, chat_template=template)
-    return [str(folder / "chat.gguf"), str(folder / "plain.gguf")]
+    return [str(model("bundled-tools")), str(model("bundled-chat"))]
 
 
 @pytest.fixture(scope="module")
 def server(chat_models):
     """Three models; the second and third have chat templates."""
-    served = Served(MODEL, *chat_models, "-c", str(CONTEXT), "-t", "1", "--api-key", KEY)
+    names = [argument for name in ("tiny-256.Q8_0", "chat", "plain") for argument in ("--alias", name)]
+    served = Served(MODEL, *chat_models, *names, "-c", str(CONTEXT), "-t", "1", "--api-key", KEY)
     yield served
     code, error = served.end()
     assert code == 0
