@@ -17,23 +17,6 @@ from typing import Any
 import click
 import psutil
 
-from selfextend_gguf.cli.interrupts import deferred_interrupts
-from selfextend_gguf.cli.line_input import piped_messages, typed_messages
-from selfextend_gguf.cli.options import (
-    context_option,
-    device_options,
-    llama_arguments,
-    model_argument,
-    prompt_cache_options,
-    sampling_options,
-    self_extend_options,
-    take_sampling,
-    text_options,
-    verbose_option,
-)
-from selfextend_gguf.cli.progress import reading_bar
-from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
-from selfextend_gguf.cli.texts import before_question, read_text
 from selfextend_gguf.conversation import Conversation
 from selfextend_gguf.errors import (
     ContextFullError,
@@ -46,6 +29,24 @@ from selfextend_gguf.generate import Piece, Timings
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context
+
+from .interrupts import deferred_interrupts
+from .line_input import piped_messages, typed_messages
+from .options import (
+    context_option,
+    device_options,
+    llama_arguments,
+    model_argument,
+    prompt_cache_options,
+    sampling_options,
+    self_extend_options,
+    take_sampling,
+    text_options,
+    verbose_option,
+)
+from .progress import reading_bar
+from .prompt_cache import PromptCacheFile, prompt_cache_file
+from .texts import before_question, read_text
 
 _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 
