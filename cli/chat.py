@@ -169,7 +169,8 @@ class Dialogue:
     def handle(self, text: str) -> None:
         """Answer a message or carry out a command. Raises EOFError for the command that ends the conversation."""
         if text.startswith("/") and not text.startswith("//"):
-            name, argument = re.fullmatch(r"/(\S*)\s*(.*?)\s*", text, re.DOTALL).groups()  # type: ignore[union-attr]
+            name, *rest = re.split(r"\s+", text[1:].rstrip(), maxsplit=1)
+            argument = "".join(rest)
             if name not in COMMANDS:
                 raise ConversationError(f"no command /{name}: see /help, or begin a message with // for a slash")
             command = COMMANDS[name]
