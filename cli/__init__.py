@@ -5,15 +5,16 @@ from __future__ import annotations
 import click
 
 from selfextend_gguf import __version__
-from selfextend_gguf.cli.bench import bench
-from selfextend_gguf.cli.chat import chat
-from selfextend_gguf.cli.demo import demo
-from selfextend_gguf.cli.errors import ErrorHandlingGroup
-from selfextend_gguf.cli.evaluate import evaluate
-from selfextend_gguf.cli.info import info
-from selfextend_gguf.cli.run import run
-from selfextend_gguf.cli.serve import serve
-from selfextend_gguf.cli.tune import tune
+
+from .bench import bench
+from .chat import chat
+from .demo import demo
+from .errors import ErrorHandlingGroup
+from .evaluate import evaluate
+from .info import info
+from .run import run
+from .serve import serve
+from .tune import tune
 
 
 @click.group(cls=ErrorHandlingGroup, context_settings={"help_option_names": ["-h", "--help"]})

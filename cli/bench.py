@@ -9,9 +9,10 @@ from pathlib import Path
 
 import click
 
-from selfextend_gguf.cli.options import at_most_one
 from selfextend_gguf.evaluation import bench as measure
 from selfextend_gguf.models import TINY_MODEL
+
+from .options import at_most_one
 
 
 @click.command()

@@ -17,23 +17,6 @@ from typing import Any
 import click
 import psutil
 
-from selfextend_gguf.cli.interrupts import deferred_interrupts
-from selfextend_gguf.cli.line_input import piped_messages, typed_messages
-from selfextend_gguf.cli.options import (
-    context_option,
-    device_options,
-    llama_arguments,
-    model_argument,
-    prompt_cache_options,
-    sampling_options,
-    self_extend_options,
-    take_sampling,
-    text_options,
-    verbose_option,
-)
-from selfextend_gguf.cli.progress import reading_bar
-from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
-from selfextend_gguf.cli.texts import before_question, read_text
 from selfextend_gguf.conversation import Conversation
 from selfextend_gguf.errors import (
     ContextFullError,
@@ -46,6 +29,24 @@ from selfextend_gguf.generate import Piece, Timings
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context
+
+from .interrupts import deferred_interrupts
+from .line_input import piped_messages, typed_messages
+from .options import (
+    context_option,
+    device_options,
+    llama_arguments,
+    model_argument,
+    prompt_cache_options,
+    sampling_options,
+    self_extend_options,
+    take_sampling,
+    text_options,
+    verbose_option,
+)
+from .progress import reading_bar
+from .prompt_cache import PromptCacheFile, prompt_cache_file
+from .texts import before_question, read_text
 
 _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 
@@ -168,7 +169,8 @@ class Dialogue:
     def handle(self, text: str) -> None:
         """Answer a message or carry out a command. Raises EOFError for the command that ends the conversation."""
         if text.startswith("/") and not text.startswith("//"):
-            name, argument = re.fullmatch(r"/(\S*)\s*(.*?)\s*", text, re.DOTALL).groups()  # type: ignore[union-attr]
+            name, *rest = re.split(r"\s+", text[1:].rstrip(), maxsplit=1)
+            argument = "".join(rest)
             if name not in COMMANDS:
                 raise ConversationError(f"no command /{name}: see /help, or begin a message with // for a slash")
             command = COMMANDS[name]

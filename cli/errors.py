@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from selfextend_gguf._native import silence_log
-from selfextend_gguf.cli.options import VERBOSE
 from selfextend_gguf.errors import SelfExtendError
+
+from .options import VERBOSE
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

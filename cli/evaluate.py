@@ -14,15 +14,6 @@ import llama_cpp
 import numpy as np
 
 from selfextend_gguf.atomic_file import new_file
-from selfextend_gguf.cli.options import (
-    device_options,
-    llama_arguments,
-    model_argument,
-    self_extend_options,
-    verbose_option,
-)
-from selfextend_gguf.cli.progress import status_line
-from selfextend_gguf.cli.texts import read_text
 from selfextend_gguf.evaluation.perplexity import LengthResult, compare
 from selfextend_gguf.evaluation.plots import plot_perplexity, plot_retrieval
 from selfextend_gguf.evaluation.readers import METHODS
@@ -33,6 +24,16 @@ from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import DEMO_TEXT
 from selfextend_gguf.planning import PARAMETERS, context_within, longest_context, whole_cells
 from selfextend_gguf.schedule import LONGEST, SCHEDULES
+
+from .options import (
+    device_options,
+    llama_arguments,
+    model_argument,
+    self_extend_options,
+    verbose_option,
+)
+from .progress import status_line
+from .texts import read_text
 
 AGAINST = tuple(method for method in METHODS if method != "plain")
 

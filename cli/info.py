@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
-from selfextend_gguf.cli.options import context_option, model_argument, self_extend_options, verbose_option
 from selfextend_gguf.examine import examine, sensible_context
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.memory import gib
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import default_context, longest_context, plan
+
+from .options import context_option, model_argument, self_extend_options, verbose_option
 
 
 @click.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from selfextend_gguf.cli.texts import decode
+from .texts import decode
 
 CONTINUES = "\\"  # a line that ends so goes on
 

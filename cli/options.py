@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -15,6 +15,7 @@ from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED
 from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
 
+T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -56,7 +57,7 @@ context_option = click.option(
 )
 
 
-def at_most_one(values: dict[str, Any]) -> Any:
+def at_most_one(values: Mapping[str, T | None]) -> T | None:
     """The one value that is given, None if none is; `values` by how users know them. UsageError for more."""
     given = {name: value for name, value in values.items() if value is not None and value is not False}
     if len(given) > 1:

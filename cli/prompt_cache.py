@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfextend_gguf.cli.options import at_most_one
 from selfextend_gguf.errors import ForeignPromptCacheError, PromptCacheError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.prompt_cache import SavedPrompt, read_prompt_header
+
+from .options import at_most_one
 
 
 def prompt_cache_file(path: Path | None, read_only_path: Path | None) -> PromptCacheFile:

@@ -13,9 +13,15 @@ from typing import Any
 import click
 
 from selfextend_gguf._native import watch_interrupts
-from selfextend_gguf.cli.chat import chat
-from selfextend_gguf.cli.errors import EXIT_INTERRUPTED
-from selfextend_gguf.cli.options import (
+from selfextend_gguf.generate import Piece, Timings, stream_completion
+from selfextend_gguf.llama import Llama
+from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.planning import check_room, whole_cells
+from selfextend_gguf.prompt import Prompt, make_prompt
+
+from .chat import chat
+from .errors import EXIT_INTERRUPTED
+from .options import (
     at_most_one,
     device_options,
     llama_arguments,
@@ -27,14 +33,9 @@ from selfextend_gguf.cli.options import (
     text_options,
     verbose_option,
 )
-from selfextend_gguf.cli.progress import reading_bar
-from selfextend_gguf.cli.prompt_cache import PromptCacheFile, prompt_cache_file
-from selfextend_gguf.cli.texts import before_question, read_standard_input, read_text
-from selfextend_gguf.generate import Piece, Timings, stream_completion
-from selfextend_gguf.llama import Llama
-from selfextend_gguf.model_info import ModelInfo
-from selfextend_gguf.planning import check_room, whole_cells
-from selfextend_gguf.prompt import Prompt, make_prompt
+from .progress import reading_bar
+from .prompt_cache import PromptCacheFile, prompt_cache_file
+from .texts import before_question, read_standard_input, read_text
 
 
 @click.command()

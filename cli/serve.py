@@ -9,7 +9,7 @@ from typing import Any
 import click
 import psutil
 
-from selfextend_gguf.cli.options import (
+from .options import (
     at_most_one,
     context_option,
     device_options,

@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from selfextend_gguf.atomic_file import new_file
-from selfextend_gguf.cli.options import device_options, model_argument, model_arguments, verbose_option
-from selfextend_gguf.cli.progress import status_line
-from selfextend_gguf.cli.texts import read_text
 from selfextend_gguf.evaluation.tune import Trial, fraction_found, key_tasks
 from selfextend_gguf.evaluation.tune import tune as find
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import DEMO_TEXT
+
+from .options import device_options, model_argument, model_arguments, verbose_option
+from .progress import status_line
+from .texts import read_text
 
 SHOWN = 5
 

@@ -246,7 +246,7 @@ def schedule_step(config: SelfExtendConfig, n_cached: int, n_new: int) -> int:
     return step.value
 
 
-def watch_interrupts(context: ctypes.c_void_p) -> None:
+def watch_interrupts(context: llama_cpp.llama_context_p) -> None:
     """Let Ctrl-C abort a running decode of a llama_context; for command line programs, from the main thread."""
     _check(_LIB.sx_interrupt_watch(context))
 
@@ -290,24 +290,26 @@ class Engine:
         """For `llama_context_params.cb_eval_user_data`."""
         return ctypes.c_void_p(self._handle)
 
-    def attach(self, context: ctypes.c_void_p) -> None:
+    def attach(self, context: llama_cpp.llama_context_p) -> None:
         """Learn the layers of a llama_context; raises UnsupportedModelError when it cannot be extended."""
         _check(_LIB.sx_engine_attach(self._handle, context))
 
     @property
     def n_layers(self) -> int:
         """Layers whose keys are rewritten."""
-        return _LIB.sx_engine_n_layers(self._handle)
+        n: int = _LIB.sx_engine_n_layers(self._handle)
+        return n
 
     @property
     def has_frame(self) -> bool:
         """Whether a key is rewritten a few times only, and not whenever the boundary moves."""
-        return _LIB.sx_engine_has_frame(self._handle)
+        has_frame: bool = _LIB.sx_engine_has_frame(self._handle)
+        return has_frame
 
     @property
     def devices(self) -> list[str]:
         """Names of the devices that hold rewritten keys."""
-        names = []
+        names: list[str] = []
         while name := _LIB.sx_engine_device_name(self._handle, len(names)):
             names.append(name.decode())
         return names
@@ -315,7 +317,8 @@ class Engine:
     @property
     def n_tokens(self) -> int:
         """Cached tokens."""
-        return _LIB.sx_engine_n_tokens(self._handle)
+        n: int = _LIB.sx_engine_n_tokens(self._handle)
+        return n
 
     @property
     def key_positions(self) -> npt.NDArray[np.int32]:

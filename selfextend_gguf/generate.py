@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
+
+from llama_cpp.llama_types import CreateCompletionStreamResponse
 
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.planning import check_room
@@ -51,7 +53,7 @@ def stream_completion(
     max_tokens: int,
     on_read: Callable[[int, int], None] = lambda done, total: None,
     **sampling: Any,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Complete `prompt`; `sampling` goes to `Llama.create_completion`.
 
     `on_read(done, total)` is called before and while that part of the prompt is read that the cache does not hold; what
@@ -86,9 +88,8 @@ def stream_completion(
 
     llm.progress = progress
     try:
-        for chunk in llm.create_completion(
-            prompt.tokens, max_tokens=max_tokens, stop=prompt.stop, stream=True, **sampling
-        ):
+        chunks = llm.create_completion(prompt.tokens, max_tokens=max_tokens, stop=prompt.stop, stream=True, **sampling)
+        for chunk in cast("Iterator[CreateCompletionStreamResponse]", chunks):  # as always with `stream`
             choice = chunk["choices"][0]
             yield Piece(choice["text"], choice["finish_reason"], timings)
     finally:

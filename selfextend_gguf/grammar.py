@@ -22,7 +22,7 @@ _MANY = re.compile(r'"(?:min|max)(?:Items|Length)": \d{5,}|\{(?:\d*,)?\d{5,}[,}]
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
-def check_grammar(vocab: ctypes.c_void_p, grammar: str, root: str = "root") -> None:
+def check_grammar(vocab: llama_cpp.llama_vocab_p, grammar: str, root: str = "root") -> None:
     """Raise GrammarError unless llama.cpp can parse a grammar (GBNF)."""
     depth = deepest = 0
     for character in _LITERAL.sub("", grammar):
@@ -44,9 +44,10 @@ def schema_grammar(schema: Any) -> str:
     if _MANY.search(text):
         raise GrammarError("the JSON schema asks for 10000 repetitions or more, which is too many for a grammar")
     try:
-        return json_schema_to_gbnf(text)
+        grammar: str = json_schema_to_gbnf(text)
     except (Exception, RecursionError) as error:  # it fails in any way on what it does not expect
         raise GrammarError(f"the JSON schema cannot be made a grammar: {error or type(error).__name__}") from error
+    return grammar
 
 
 class GrammarSampler:

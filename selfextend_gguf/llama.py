@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp._internals import LlamaContext, LlamaSampler
 from llama_cpp.llama import LlamaState
+from llama_cpp.llama_grammar import LlamaGrammar
 
 from selfextend_gguf._native import (
     EVAL_CALLBACK,
@@ -228,7 +230,7 @@ class Llama(llama_cpp.Llama):
             self.close()
             raise
         warn_of_rounding(config, self.context_params.type_k, n_layers=engine.n_layers, has_frame=engine.has_frame)
-        self._ctx = SelfExtendContext(self._ctx, engine, config)
+        self._ctx = cast(LlamaContext, SelfExtendContext(self._ctx, engine, config))
         if self.draft_model is not None:
             n_batch = self.n_batch
             self.draft_model = StepLimitedDraft(self.draft_model, lambda n: schedule_step(config, n, n_batch))
@@ -261,7 +263,7 @@ class Llama(llama_cpp.Llama):
                 "call reset() and evaluate the text again"
             )
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens after a prompt, as `llama_cpp.Llama.generate` does."""
         try:
             yield from super().generate(tokens, *args, **kwargs)
@@ -288,12 +290,13 @@ class Llama(llama_cpp.Llama):
         self.n_tokens = end
         self._requires_eval = False
 
-    def _init_sampler(self, *args: Any, grammar: llama_cpp.LlamaGrammar | None = None, **kwargs: Any) -> Any:
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> LlamaSampler | GrammarSampler:
         """Raises GrammarError for a grammar that would end the process."""
-        if grammar is None:
-            return super()._init_sampler(*args, **kwargs)
-        check_grammar(self._model.vocab, grammar._grammar, grammar._root)
-        return GrammarSampler(super()._init_sampler(*args, grammar=grammar, **kwargs), self._n_vocab)
+        grammar: LlamaGrammar | None = kwargs.get("grammar")
+        if grammar is not None:
+            check_grammar(self._model.vocab, grammar._grammar, grammar._root)
+        sampler: LlamaSampler = super()._init_sampler(*args, **kwargs)
+        return sampler if grammar is None else GrammarSampler(sampler, self._n_vocab)
 
     # ---- Self-Extend's own -----------------------------------------------------------------------------------
 
@@ -314,7 +317,7 @@ class Llama(llama_cpp.Llama):
     def save_state(self) -> LlamaState:
         """The text, its cache and its key positions, for `load_state` of a model with the same cache types."""
         state = super().save_state()
-        state.key_positions = self.key_positions.copy()
+        vars(state)["key_positions"] = self.key_positions.copy()  # the class declares no such attribute
         return state
 
     def load_state(self, state: LlamaState) -> None:
@@ -322,7 +325,7 @@ class Llama(llama_cpp.Llama):
 
         Raises StateError for a state that does not fit; the cache is empty then.
         """
-        positions = getattr(state, "key_positions", None)
+        positions: npt.NDArray[np.int32] | None = getattr(state, "key_positions", None)
         try:
             if positions is None:
                 positions = np.arange(state.n_tokens, dtype=np.int32)
@@ -446,7 +449,7 @@ class Llama(llama_cpp.Llama):
         return cache_settings(self.model_path, self.context_params, others)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()
         if isinstance(self.draft_model, StepLimitedDraft):
             state["draft_model"] = self.draft_model.draft_model
         state.update(self._plan_arguments, flash_attn=self._flash_attn, n_ctx=self._wanted_n_ctx)

@@ -137,7 +137,7 @@ class ModelInfo:
     @property
     def has_sliding_windows(self) -> bool:
         """Whether some layers look back a window only."""
-        return llama_cpp.llama_model_n_swa(self.model.model) > 0
+        return int(llama_cpp.llama_model_n_swa(self.model.model)) > 0
 
     @property
     def chat_template(self) -> str | None:
@@ -150,7 +150,8 @@ class ModelInfo:
 
     def tokenize(self, text: bytes, *, add_bos: bool) -> list[int]:
         """Tokens of UTF-8 `text`, special tokens recognised, as a completion would see them."""
-        return self.model.tokenize(text, add_bos, True)
+        tokens: list[int] = self.model.tokenize(text, add_bos, True)
+        return tokens
 
     def tokenize_more(self, text: bytes) -> list[int]:
         """Tokens of `text` where it goes on from other text; alone, some vocabularies would put a space before it."""

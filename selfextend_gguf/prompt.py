@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import jinja2
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llama_cpp.llama_types import ChatCompletionRequestMessage
 
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.model_info import ModelInfo
@@ -60,7 +62,7 @@ def render_chat(info: ModelInfo, messages: Sequence[Message]) -> Rendering:
     """
     formatter = chat_formatter(info)
     try:
-        rendered = formatter(messages=list(messages))  # type: ignore[arg-type]
+        rendered = formatter(messages=cast("list[ChatCompletionRequestMessage]", list(messages)))
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise _template_error(error) from error
     stop = rendered.stop if isinstance(rendered.stop, list) else [rendered.stop] if rendered.stop else []

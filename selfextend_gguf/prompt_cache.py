@@ -52,7 +52,7 @@ class SavedPrompt:
         """Whether keys share positions, so that a context within the trained one cannot use them."""
         return not np.array_equal(self.key_positions, np.arange(len(self.tokens)))
 
-    def common_prefix(self, tokens: Sequence[int]) -> int:
+    def common_prefix(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> int:
         """How many of `tokens` from the first on are those of the file."""
         n = min(len(tokens), len(self.tokens))
         differs = np.flatnonzero(self.tokens[:n] != np.asarray(tokens[:n], np.int32))
@@ -72,7 +72,7 @@ class CopiedPrompt:
         return self.content.nbytes
 
 
-def copy_sequence(context: ctypes.c_void_p) -> npt.NDArray[np.uint8]:
+def copy_sequence(context: llama_cpp.llama_context_p) -> npt.NDArray[np.uint8]:
     """Cache contents of sequence 0 of a llama_context. Raises PromptCacheError."""
     content = np.empty(llama_cpp.llama_state_seq_get_size(context, 0), np.uint8)
     pointer = content.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -81,7 +81,7 @@ def copy_sequence(context: ctypes.c_void_p) -> npt.NDArray[np.uint8]:
     return content
 
 
-def restore_sequence(context: ctypes.c_void_p, content: npt.NDArray[np.uint8]) -> None:
+def restore_sequence(context: llama_cpp.llama_context_p, content: npt.NDArray[np.uint8]) -> None:
     """Restore a copy into the empty sequence 0 of the same llama_context. Raises PromptCacheError."""
     pointer = content.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     if llama_cpp.llama_state_seq_set_data(context, pointer, content.nbytes, 0) != content.nbytes:
@@ -129,7 +129,7 @@ def model_fingerprint(path: str, _mtime_ns: int) -> str:
 # ---- writing ---------------------------------------------------------------------------------------------------
 
 
-def write_prompt(path: Path, context: ctypes.c_void_p, saved: SavedPrompt) -> None:
+def write_prompt(path: Path, context: llama_cpp.llama_context_p, saved: SavedPrompt) -> None:
     """Write what sequence 0 of a llama_context holds. The file appears whole or not at all.
 
     Raises OSError (disk full, no permission, ...) and PromptCacheError; an older file stays as it is then.
@@ -203,7 +203,9 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[SavedPrompt, int, int]:
     return SavedPrompt(arrays[0], arrays[1], n_ctx, made_by), n_content, checksum
 
 
-def load_prompt_into(path: Path, context: ctypes.c_void_p, n_ctx: int, settings: dict[str, Any]) -> SavedPrompt:
+def load_prompt_into(
+    path: Path, context: llama_cpp.llama_context_p, n_ctx: int, settings: dict[str, Any]
+) -> SavedPrompt:
     """Restore a file into the empty sequence 0 of a llama_context of `n_ctx` tokens.
 
     Raises OSError, PromptCacheError if the file is damaged or too long, and ForeignPromptCacheError if it was made by

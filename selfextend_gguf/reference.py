@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -34,16 +36,18 @@ class Reference:
 
     def __init__(self, path: str | Path) -> None:
         reader = gguf.GGUFReader(str(path))
-        fields = {name: field.contents() for name, field in reader.fields.items() if "tokens" not in name}
-        self.arch = fields["general.architecture"]
+        fields: dict[str, Any] = {
+            name: field.contents() for name, field in reader.fields.items() if "tokens" not in name
+        }
+        self.arch: str = fields["general.architecture"]
         if self.arch not in ("llama", "qwen2"):
             raise ValueError(f"the reference knows llama and qwen2, not {self.arch}")
-        self.weights = {
+        self.weights: dict[str, Array] = {
             t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors
         }
 
         def number(key: str, default: float | None = None) -> float:
-            value = fields.get(f"{self.arch}.{key}", default)
+            value: float | None = fields.get(f"{self.arch}.{key}", default)
             assert value is not None, key
             return value
 
@@ -60,10 +64,11 @@ class Reference:
     # ---- pieces ------------------------------------------------------------------------------------------------
 
     def _norm(self, x: Array, weight: str) -> Array:
-        return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + self.eps) * self.weights[weight]
+        normed: Array = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + self.eps) * self.weights[weight]
+        return normed
 
     def _linear(self, x: Array, name: str) -> Array:
-        y = x @ self.weights[f"{name}.weight"].T
+        y: Array = x @ self.weights[f"{name}.weight"].T
         return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
 
     def rotate(self, x: Array, positions: npt.ArrayLike) -> Array:
@@ -103,11 +108,13 @@ class Reference:
             gate = self._linear(h, f"blk.{i}.ffn_gate")
             x = x + self._linear(gate / (1 + np.exp(-gate)) * self._linear(h, f"blk.{i}.ffn_up"), f"blk.{i}.ffn_down")
         h = self._norm(x, "output_norm.weight")
-        return h @ self.weights.get("output.weight", self.weights["token_embd.weight"]).T
+        logits: Array = h @ self.weights.get("output.weight", self.weights["token_embd.weight"]).T
+        return logits
 
     def _scores(self, q: Array, k: Array) -> Array:
         """Scores (heads, n_q, n_k) of rotated q (n_q, heads, d) and k (n_k, heads_kv, d)."""
-        return np.einsum("qhd,khd->hqk", q, np.repeat(k, self.n_head // self.n_head_kv, axis=1))
+        scores: Array = np.einsum("qhd,khd->hqk", q, np.repeat(k, self.n_head // self.n_head_kv, axis=1))
+        return scores
 
     def _empty_cache(self) -> list[_Layer]:
         shape = (0, self.n_head_kv, self.head_dim)
@@ -121,17 +128,13 @@ class Reference:
         Queries and the keys of the running step stand at their token index, cached keys at schedule(n0, n1).
         """
         assert sum(steps) == len(tokens)
-        positions_of = schedule
-        if isinstance(schedule, SelfExtendConfig):
-            config = schedule
-
-            def positions_of(n0: int, n1: int) -> npt.NDArray[np.int32]:
-                return schedule_positions_numpy(config, n0, n1)
-
+        positions_of: Schedule = (
+            partial(schedule_positions_numpy, schedule) if isinstance(schedule, SelfExtendConfig) else schedule
+        )
         cache, rows, n0 = self._empty_cache(), [], 0
         for step in steps:
             n1 = n0 + step
-            key_positions = np.concatenate([positions_of(n0, n1), np.arange(n0, n1)])  # type: ignore[operator]
+            key_positions = np.concatenate([positions_of(n0, n1), np.arange(n0, n1)])
 
             def attend(
                 q: Array, k: Array, n_cached: int, key_positions: npt.NDArray[np.int32] = key_positions

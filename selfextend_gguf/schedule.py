@@ -328,7 +328,8 @@ class AdaGroPE(Schedule):
         text = self._text(config, stage)
         position_of = adagrope_map(config.max_distance, text)
         last = text - 1
-        return (last - position_of[last - np.arange(n_cached)]).astype(np.int32)
+        positions: npt.NDArray[np.int64] = last - position_of[last - np.arange(n_cached)]
+        return positions.astype(np.int32)
 
     def _text(self, config: SelfExtendConfig, stage: int) -> int:
         return config.n_ctx_train + stage * config.block_size

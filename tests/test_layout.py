@@ -38,12 +38,16 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, modules: set[str]) -> set[str]:
-    """Modules of the package that a file imports, anywhere in it."""
+def imports(module: str, source: str, modules: set[str]) -> set[str]:
+    """Modules of the package that `module` imports, anywhere in its source; relative imports stay in cli/."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or (node.level == 1 and module.split(".")[0] == "cli"), (
+                f"{module}: import absolutely"
+            )
+            origin = ".".join((["cli"] if node.level else []) + ([node.module] if node.module else []))
+            names |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     inside = {name.removeprefix("selfextend_gguf.") for name in names}
@@ -51,7 +55,7 @@ def imports(path: Path, modules: set[str]) -> set[str]:
 
 
 MODULES = sources()
-GRAPH = {name: imports(path, set(MODULES)) - {name} for name, path in MODULES.items()}
+GRAPH = {name: imports(name, path.read_text(encoding="utf-8"), set(MODULES)) - {name} for name, path in MODULES.items()}
 
 
 def floor_of(module: str) -> int:
@@ -82,6 +86,14 @@ def ring(graph: dict[str, set[str]]) -> list[str]:
 def test_rings_are_found():
     assert ring({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert ring({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_relative_imports_are_seen():
+    modules = {"cli", "cli.chat", "cli.options", "llama"}
+    source = "from .options import a\nfrom . import chat\nfrom selfextend_gguf.llama import Llama\n"
+    assert imports("cli.run", source, modules) == {"cli", "cli.options", "cli.chat", "llama"}
+    with pytest.raises(AssertionError, match="import absolutely"):
+        imports("server.app", "from .run import serve", modules)
 
 
 def test_no_files_import_each_other():

@@ -57,7 +57,8 @@ def write_random_model(path: Path, shape: LlamaShape, weight_type: str = "Q8_0")
 
 
 def _tokens(n: int) -> list[int]:
-    return np.random.default_rng(0).integers(1, 256, n).tolist()
+    tokens: list[int] = np.random.default_rng(0).integers(1, 256, n).tolist()
+    return tokens
 
 
 def _ratio(pairs: list[tuple[float, float]]) -> Ratio:
@@ -105,8 +106,10 @@ def run(
             resumed.append(_resume(extended, cache))
     extended.close()
     plain.close()
-    peaks = [_peak(side, model, length, shared) for side in ("extended", "plain")]
-    return BenchResult(_ratio(read), _ratio(generated), statistics.median(resumed), *peaks, flash_attn)
+    extended_peak, plain_peak = (_peak(side, model, length, shared) for side in ("extended", "plain"))
+    return BenchResult(
+        _ratio(read), _ratio(generated), statistics.median(resumed), extended_peak, plain_peak, flash_attn
+    )
 
 
 def _resume(llm: Llama, cache: Path) -> float:
@@ -131,7 +134,7 @@ def _peak(side: str, model: Path, length: int, arguments: dict[str, Any]) -> int
         json.dumps(arguments),
     ]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])["peak_bytes"]
+    return int(json.loads(output.splitlines()[-1])["peak_bytes"])
 
 
 def _read_and_report(side: str, model: str, length: int, arguments: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from math import exp, sqrt
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.evaluation.readers import Losses, open_reader
@@ -103,7 +104,7 @@ def compare(
     return results
 
 
-def by_position(losses: Losses, n_bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
+def by_position(losses: Losses, n_bins: int = 40) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Perplexity against position: middles (n_bins,) of intervals of equal ratio, and the perplexity in each.
 
     `losses` (n_texts, n_tokens - 1). Intervals start at position 16, where there is some context.

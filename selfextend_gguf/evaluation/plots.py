@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.evaluation.perplexity import LengthResult, by_position
@@ -56,7 +57,7 @@ def plot_curves(
 
 
 def plot_retrieval(
-    scores: np.ndarray, lengths: Sequence[int], depths: Sequence[float], file: BinaryIO | Path, title: str
+    scores: npt.NDArray[np.float64], lengths: Sequence[int], depths: Sequence[float], file: BinaryIO | Path, title: str
 ) -> None:
     """Heat map of mean scores (len(depths), len(lengths)), as PNG."""
     figure, axes = _figure(2 + 0.9 * len(lengths), 1.8 + 0.45 * len(depths))

@@ -41,7 +41,7 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-def token_losses(logits: npt.NDArray[np.float32], targets: Sequence[int]) -> Losses:
+def token_losses(logits: npt.NDArray[np.float32] | npt.NDArray[np.float64], targets: Sequence[int]) -> Losses:
     """Negative log-likelihood (nats) of `targets` (n,) from logits (n, n_vocab)."""
     result = np.empty(len(targets))
     for begin in range(0, len(targets), 64):  # a vocabulary of 128,000 in float64 is a megabyte a row
@@ -216,7 +216,7 @@ def _stretched(method: str, factor: float, base: float, n_rot: int, n_ctx_train:
 
 
 def open_reader(
-    method: str, model_path: str, n_tokens: int, *, parameters: dict[str, int | None] | None = None, **arguments: Any
+    method: str, model_path: str, n_tokens: int, *, parameters: dict[str, Any] | None = None, **arguments: Any
 ) -> Reader:
     """A reader of texts of up to `n_tokens` by one of METHODS.
 

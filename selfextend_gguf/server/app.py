@@ -125,9 +125,10 @@ def create_app(models: OneModelAtATime, settings: ServerSettings, *, verbose: bo
     Its router is left out: that answers 500 to whatever it cannot read, with a traceback.
     """
     theirs.set_server_settings(settings)
-    theirs._llama_proxy = models  # `set_llama_proxy` would load llama_cpp.Llama
+    names = vars(theirs)  # where no type is declared: these are not what llama-cpp-python means to stand there
+    names["_llama_proxy"] = models  # `set_llama_proxy` would load llama_cpp.Llama
     if not verbose:
-        theirs.print = lambda *_: None  # it prints a line for each client that leaves
+        names["print"] = lambda *_: None  # it prints a line for each client that leaves
     app = FastAPI(title="selfextend_gguf", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(DisconnectWatcher)
     with_key = [Depends(theirs.authenticate)]

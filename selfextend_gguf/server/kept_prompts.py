@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,9 @@ class RememberingLlama(Llama):
     #: Copies of what was read, for prompts that come again; None = the running text alone is reused.
     kept_prompts: KeptPrompts | None = None
 
-    def generate(self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any) -> Iterator[int]:
+    def generate(
+        self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens after a prompt, as the parent does."""
         if reset and self.kept_prompts is not None:
             self.kept_prompts.prepare(self, tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class ServedModel:
 class ServedLlama(RememberingLlama):
     """Counts the tokens of an answer, which streams do not tell."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Iterator[int]:
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Tokens, as the parent generates them."""
         for token in super().generate(*args, **kwargs):
             current_work().n_generated += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
@@ -104,12 +104,14 @@ class OneModelAtATime:
         stop_if_unwanted()  # the client may have left while it waited
         model = self.find(name)
         if self._llm is None or self._alias != model.alias:
-            self._load(model)
+            return self._load(model)
         return self._llm
 
-    def _load(self, model: ServedModel) -> None:
+    def _load(self, model: ServedModel) -> Llama:
         self.close()
-        self._llm, self._alias = model.load(), model.alias
+        llm = self._llm = model.load()
+        self._alias = model.alias
+        return llm
 
     def close(self) -> None:
         """Free the loaded model."""

@@ -32,7 +32,6 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     max_tokens: int | None = Field(None, ge=1)
-    n: Literal[1] = 1
     temperature: float = Field(0.8, ge=0)
     repeat_penalty: float = Field(1.0, gt=0, le=10)  # theirs is 1.1, which keeps models from copying numbers
     stop: Text | list[Text] | None = None
@@ -58,20 +57,13 @@ class Request(BaseModel):
         """Whether a stream is to end with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @model_validator(mode="after")
-    def _refuse_what_would_be_ignored(self) -> Request:
-        if self.logprobs is not None and self.logprobs is not False:  # 0 stands for the likeliest token's
-            raise ValueError("logprobs are not supported: the server does not keep the logits of all tokens")
-        if self.logit_bias and self.min_tokens:
-            raise ValueError("logit_bias and min_tokens cannot be combined")
-        return self
-
 
 class CompletionRequest(Request, CreateCompletionRequest):
     """A body of /v1/completions."""
 
     prompt: str
     max_tokens: int = Field(16, ge=1)
+    n: Literal[1] = 1
     best_of: Literal[1] = 1
 
     @model_validator(mode="before")
@@ -85,7 +77,8 @@ class CompletionRequest(Request, CreateCompletionRequest):
         return values
 
     @model_validator(mode="after")
-    def _refuse_more(self) -> CompletionRequest:
+    def _refuse_what_would_be_ignored(self) -> CompletionRequest:
+        _refuse_what_both_would_ignore(self)
         if self.suffix is not None:
             raise ValueError("suffix is not supported")
         if self.echo and self.stream:
@@ -105,6 +98,7 @@ class ChatRequest(Request, CreateChatCompletionRequest):
     """A body of /v1/chat/completions."""
 
     messages: list[ChatCompletionRequestMessage] = Field(min_length=1)
+    n: Literal[1] = 1
     # One call at most is made.
     parallel_tool_calls: bool | None = Field(None, exclude=True)
 
@@ -135,7 +129,8 @@ class ChatRequest(Request, CreateChatCompletionRequest):
         return values
 
     @model_validator(mode="after")
-    def _refuse_more(self) -> ChatRequest:
+    def _refuse_what_would_be_ignored(self) -> ChatRequest:
+        _refuse_what_both_would_ignore(self)
         choice = self._called
         if choice is not None and self._schema_of(choice) is None:
             raise ValueError(f"tool_choice names {choice!r}, which is not among the tools")
@@ -189,6 +184,13 @@ class ChatRequest(Request, CreateChatCompletionRequest):
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise ConfigError(f"the model's chat template refuses the messages: {error}") from error
         return model.info.tokenize(rendered.prompt.encode(), add_bos=False)
+
+
+def _refuse_what_both_would_ignore(body: CompletionRequest | ChatRequest) -> None:
+    if body.logprobs is not None and body.logprobs is not False:  # 0 stands for the likeliest token's
+        raise ValueError("logprobs are not supported: the server does not keep the logits of all tokens")
+    if body.logit_bias and body.min_tokens:
+        raise ValueError("logit_bias and min_tokens cannot be combined")
 
 
 def _as_plain_text(message: dict[str, Any]) -> dict[str, Any]:

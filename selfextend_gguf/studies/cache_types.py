@@ -11,8 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.llama import Llama
@@ -27,14 +29,14 @@ WIDE_HEADS = LlamaShape(n_layer=3, n_embd=256, n_head=4, n_head_kv=2, head_dim=6
 
 def quality(model: str, text: str, kind: str, n_tokens: int, n_trials: int, n_texts: int) -> tuple[float, float]:
     """Fraction of keys found, and perplexity of the second halves of `n_texts` stretches of `n_tokens`."""
-    arguments = {"type_k": KV_TYPES[kind], "type_v": KV_TYPES["f16"], "verbose": False}
+    arguments: dict[str, Any] = {"type_k": KV_TYPES[kind], "type_v": KV_TYPES["f16"], "verbose": False}
     llm = Llama(model, n_ctx=n_tokens + 64, **arguments)
     found = fraction_found(llm, key_tasks(text, n_tokens, n_trials))
     llm.close()
     return found, late_perplexity("selfextend", model, text, n_tokens, n_texts, **arguments)
 
 
-def logits_after_rewrites(model: str, tokens: list[int], kind: str) -> dict[int, np.ndarray]:
+def logits_after_rewrites(model: str, tokens: list[int], kind: str) -> dict[int, npt.NDArray[np.float32]]:
     """Logits of the last 64 tokens after each number of REWRITES, each of which moves all keys but the first by another
     distance of up to 15 positions."""
     n = len(tokens) - 64

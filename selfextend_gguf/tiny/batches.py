@@ -10,31 +10,33 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from selfextend_gguf.tiny.keys import FACT, KEY_NAMES, QUESTION, cut_points, random_value
 
-Batch = tuple[np.ndarray, np.ndarray]
+Text = npt.NDArray[np.uint8]
+Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 
-def read_text(path: str | Path) -> np.ndarray:
+def read_text(path: str | Path) -> Text:
     """Bytes of a text file as a (n,) uint8 array."""
     return np.frombuffer(Path(path).read_bytes(), dtype=np.uint8)
 
 
-def vocabulary_words(text: np.ndarray, shortest: int = 3, longest: int = 8) -> list[str]:
+def vocabulary_words(text: Text, shortest: int = 3, longest: int = 8) -> list[str]:
     """Lower-case words of `text`, sorted, each once."""
     words = {w for w in bytes(text).decode("utf-8", "ignore").split() if w.isascii() and w.isalpha() and w.islower()}
     return sorted(w for w in words if shortest <= len(w) <= longest)
 
 
-def text_batch(rng: np.random.Generator, text: np.ndarray, n_rows: int, length: int) -> Batch:
+def text_batch(rng: np.random.Generator, text: Text, n_rows: int, length: int) -> Batch:
     """Random windows of `text`."""
     starts = rng.integers(0, len(text) - length - 1, n_rows)
     tokens = np.stack([text[s : s + length + 1] for s in starts]).astype(np.int64)
     return tokens, np.ones((n_rows, length), np.float32)
 
 
-def _random_chunk(rng: np.random.Generator, text: np.ndarray, size: int) -> np.ndarray:
+def _random_chunk(rng: np.random.Generator, text: Text, size: int) -> Text:
     kind = rng.integers(4)
     if kind == 0:
         return rng.integers(ord("0"), ord("9") + 1, size).astype(np.uint8)
@@ -46,7 +48,7 @@ def _random_chunk(rng: np.random.Generator, text: np.ndarray, size: int) -> np.n
     return text[start : start + size]
 
 
-def copy_batch(rng: np.random.Generator, text: np.ndarray, n_rows: int, length: int) -> Batch:
+def copy_batch(rng: np.random.Generator, text: Text, n_rows: int, length: int) -> Batch:
     """Rows of one random chunk (6 to 40 symbols) repeated with fillers between; the repeats carry the loss."""
     tokens = np.zeros((n_rows, length + 1), np.int64)
     weights = np.full((n_rows, length), 0.1, np.float32)
@@ -67,7 +69,7 @@ def copy_batch(rng: np.random.Generator, text: np.ndarray, n_rows: int, length: 
     return tokens, weights
 
 
-def partial_copy_batch(rng: np.random.Generator, text: np.ndarray, n_rows: int, length: int) -> Batch:
+def partial_copy_batch(rng: np.random.Generator, text: Text, n_rows: int, length: int) -> Batch:
     """As `copy_batch`, but what is repeated are random parts of the chunk (8 to 40 symbols).
 
     Small alphabets and copies that start anywhere in the chunk make a single symbol ambiguous: what comes next
@@ -101,7 +103,7 @@ def partial_copy_batch(rng: np.random.Generator, text: np.ndarray, n_rows: int, 
     return tokens, weights
 
 
-def retrieval_batch(rng: np.random.Generator, text: np.ndarray, words: list[str], n_rows: int, length: int) -> Batch:
+def retrieval_batch(rng: np.random.Generator, text: Text, words: list[str], n_rows: int, length: int) -> Batch:
     """Rows of text with one to three facts hidden at any depth, then one to three questions about them.
 
     The answers' digits weigh 6, the facts' own digits 0 (nothing foretells them), everything else 1.

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import numpy.typing as npt
+
+Weights = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,16 @@ class LlamaShape:
     norm_eps: float = 1e-5
 
 
-def random_tensors(shape: LlamaShape, seed: int) -> dict[str, np.ndarray]:
+def random_tensors(shape: LlamaShape, seed: int) -> dict[str, Weights]:
     """Weights under llama.cpp's tensor names: random, with attention far from uniform so that positions matter."""
     rng = np.random.default_rng(seed)
     q_dim, kv_dim = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
 
-    def matrix(n_out: int, n_in: int, gain: float = 1.0) -> np.ndarray:
-        return (rng.standard_normal((n_out, n_in), np.float32) * (gain / n_in**0.5)).astype(np.float32)
+    def matrix(n_out: int, n_in: int, gain: float = 1.0) -> Weights:
+        weights: Weights = rng.standard_normal((n_out, n_in), np.float32) * (gain / n_in**0.5)
+        return weights.astype(np.float32)
 
-    tensors = {
+    tensors: dict[str, Weights] = {
         "token_embd.weight": matrix(shape.n_vocab, shape.n_embd, shape.n_embd**0.5),
         "output_norm.weight": np.ones(shape.n_embd, np.float32),
         "output.weight": matrix(shape.n_vocab, shape.n_embd),
@@ -84,7 +88,7 @@ def add_byte_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
 def write_llama(
     path: str | Path,
     shape: LlamaShape,
-    tensors: dict[str, np.ndarray],
+    tensors: dict[str, Weights],
     *,
     weight_type: str = "F32",
     name: str = "tiny",

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from selfextend_gguf.tiny import batches, keys
-from selfextend_gguf.tiny.model_file import LlamaShape, write_llama
+from selfextend_gguf.tiny.model_file import LlamaShape, Weights, write_llama
 
 
 class Block(nn.Module):
@@ -93,7 +93,7 @@ class TinyLlama(nn.Module):
             x = block(x, angles, softness)
         return self.output(self.output_norm(x))
 
-    def gguf_tensors(self) -> dict[str, np.ndarray]:
+    def gguf_tensors(self) -> dict[str, Weights]:
         """Weights under llama.cpp's tensor names."""
         return {name: p.detach().float().numpy() for name, p in self.state_dict().items()}
 
@@ -159,7 +159,7 @@ def recipes(context: int, scale: float = 1.0) -> dict[str, Recipe]:
     }
 
 
-def make_batch(rng: np.random.Generator, text: np.ndarray, words: list[str], stage: Stage) -> batches.Batch:
+def make_batch(rng: np.random.Generator, text: batches.Text, words: list[str], stage: Stage) -> batches.Batch:
     n_text, n_copy, n_key = stage.mixture
     parts = []
     if n_text:
@@ -179,7 +179,7 @@ def loss_of(model: TinyLlama, batch: batches.Batch, softness: float = 1.0) -> to
 
 
 @torch.no_grad()
-def evaluate(model: TinyLlama, heldout: np.ndarray, context: int) -> str:
+def evaluate(model: TinyLlama, heldout: batches.Text, context: int) -> str:
     """Held-out perplexity and key retrieval within the trained context, as one line."""
     rng = np.random.default_rng(7)
     ppl = loss_of(model, batches.text_batch(rng, heldout, 32, context)).exp().item()
@@ -194,8 +194,8 @@ def evaluate(model: TinyLlama, heldout: np.ndarray, context: int) -> str:
 
 
 def train(
-    text: np.ndarray,
-    heldout: np.ndarray,
+    text: batches.Text,
+    heldout: batches.Text,
     model: TinyLlama,
     recipe: Recipe,
     *,
