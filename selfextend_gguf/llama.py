@@ -54,7 +54,7 @@ from selfextend_gguf.prompt_cache import (
     write_prompt,
 )
 from selfextend_gguf.schedule import SelfExtendConfig
-from selfextend_gguf.tokenizer import Tokenizer, text_handler
+from selfextend_gguf.tokenizer import Tokenizer, encode, text_handler
 
 _PARENT_ARGUMENTS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "kwargs"}
 
@@ -268,7 +268,9 @@ class Llama(llama_cpp.Llama):
         spelled: frozenset[int] = frozenset()
         if isinstance(tokenizer, Tokenizer):
             spelled = tokenizer.spelled_in([stop] if isinstance(stop, str) else stop or [])
-            if isinstance(prompt, str) and kwargs.get("suffix") is None:
+        if isinstance(prompt, str):
+            encode(prompt)  # where it fails, it fails with an error of ours
+            if isinstance(tokenizer, Tokenizer) and kwargs.get("suffix") is None:
                 prompt = tokenizer.without_bos(prompt)
         with contextlib.closing(super()._create_completion(prompt=prompt, stop=stop, **kwargs)) as chunks:
             while True:

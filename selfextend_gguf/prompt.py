@@ -63,10 +63,10 @@ def render_chat(info: ModelInfo, messages: Sequence[Message], *, special: bool =
     Special tokens are those of the template; with `special` also such as the messages spell. Raises ConfigError when
     the model has no template or its template fails.
     """
-    marked, marks = (messages, NO_MARKS) if special else info.tokenizer.mark(messages)
+    marked, marks = (list(messages), NO_MARKS) if special else info.tokenizer.mark(list(messages))
     formatter = chat_formatter(info)
     try:
-        rendered = formatter(messages=list(marked))
+        rendered = formatter(messages=marked)
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise _template_error(error) from error
     stop = rendered.stop if isinstance(rendered.stop, list) else [rendered.stop] if rendered.stop else []

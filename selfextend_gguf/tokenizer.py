@@ -6,6 +6,7 @@ what is recognised where.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import re
@@ -239,11 +240,7 @@ class Tokenizer(BaseLlamaTokenizer):
 
     def _encode(self, text: str | bytes, *, special: bool, add_special: bool = False) -> list[int]:
         """llama_tokenize, on a thread whose stack is large enough for the text."""
-        if isinstance(text, str):
-            try:
-                text = text.encode()
-            except UnicodeEncodeError as error:
-                raise TextError(f"the text is not Unicode: half a character at position {error.start}") from error
+        text = text if isinstance(text, bytes) else encode(text)
         if len(text) > _LONGEST_TEXT:
             raise TextError(f"the text has {len(text)} bytes, {_LONGEST_TEXT} are possible")
         if self._splits_numbers_from_their_end and not add_special:
@@ -329,7 +326,7 @@ class Tokenizer(BaseLlamaTokenizer):
             raise TextError(f"{token} is no token of the model (0 to {self._model.n_vocab() - 1})")
         size = 32
         while True:
-            buffer = (llama_cpp.ctypes.c_char * size)()
+            buffer = (ctypes.c_char * size)()
             n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
             if n >= 0:
                 return bytes(buffer[:n])
@@ -364,8 +361,8 @@ class MarkedText(str):
         return self
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> MarkedBytes:
-        """As `str.encode`."""
-        encoded = MarkedBytes(super().encode(encoding, errors))
+        """As UTF-8. Raises TextError."""
+        encoded = MarkedBytes(encode(str(self)))
         encoded.marks = self.marks
         return encoded
 
@@ -401,6 +398,14 @@ def text_handler(handler: LlamaChatCompletionHandler, tokenizer: Tokenizer) -> L
         return handler
     formatter = inspect.getclosurevars(handler).nonlocals.get("chat_formatter")
     return handler if formatter is None else TextFormatter(formatter, tokenizer).to_chat_handler()
+
+
+def encode(text: str) -> bytes:
+    """A text in UTF-8. Raises TextError for what is none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"the text is not Unicode: half a character at position {error.start}") from error
 
 
 def restore(text: str, marks: Marks) -> str:

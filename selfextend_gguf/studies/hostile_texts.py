@@ -98,22 +98,26 @@ class Case:
         return "equal" if self.ours.checksum == self.plain.checksum else "DIFFERENT"
 
 
-def write_vocabularies(model: Path, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """Copies of a model's metadata without its tensors, one for each pre-tokenizer."""
-    fields = [f for f in gguf.GGUFReader(model).fields.values() if not f.name.startswith("GGUF.")]
-    values = {f.name: f.contents() for f in fields}
-    for name in names:
-        path = folder / f"{name}.gguf"
-        writer = gguf.GGUFWriter(path, values["general.architecture"])
-        for field in fields:
-            kind, element = field.types[0], field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            value = name if field.name == "tokenizer.ggml.pre" else values[field.name]
-            if field.name != "general.architecture":
-                writer.add_key_value(field.name, value, kind, sub_type=element)
+def write_vocabularies(
+    model: Path, folder: Path, values: Iterable[str], key: str = "tokenizer.ggml.pre"
+) -> Iterator[tuple[str, Path]]:
+    """Copies of a model's metadata without its tensors, one for each value of a text among them."""
+    reader = gguf.GGUFReader(model)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    architecture = fields.pop(gguf.Keys.General.ARCHITECTURE).contents()
+    fields.pop(key, None)
+    contents = {name: field.contents() for name, field in fields.items()}
+    for number, value in enumerate(values):
+        path = folder / f"{number}.gguf"
+        writer = gguf.GGUFWriter(path, architecture)
+        writer.add_string(key, value)
+        for name, field in fields.items():
+            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, contents[name], field.types[0], sub_type=element)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        yield name, path
+        yield value, path
 
 
 def tokenize_all(vocabulary: Path, who: str, cases: Sequence[tuple[str, int]]) -> None:
