@@ -68,6 +68,7 @@ def chat(
     predict: int,
     batch_size: int,
     raw: bool,
+    special: bool,
     system: str | None,
     seed: int,
     prompt_cache: Path | None,
@@ -92,7 +93,7 @@ def chat(
         llm = open_llama(info, ctx, cache, n_batch=batch_size, seed=seed, **llama_arguments(**options))
         try:
             cache.load(llm)
-            conversation = Conversation(llm, info, system=system, raw=raw)
+            conversation = Conversation(llm, info, system=system, raw=raw, special=special)
             dialogue = Dialogue(conversation, llm, info, predict, sampling)
             if is_terminal:
                 note(f"{model.name}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}). /help for help.")
@@ -252,7 +253,7 @@ class Dialogue:
     def attach(self, path: str) -> None:
         text = read_text(_path(path))
         self._attached.append(text)
-        n_tokens = len(self._info.tokenize(text.encode(), add_bos=False))
+        n_tokens = len(self._info.tokenizer.tokens(text, begins=False))
         note(f"{path}: {n_tokens} tokens, to be read before the next message.")
 
     def set_system(self, text: str) -> None:

@@ -111,12 +111,12 @@ def ppl(
         sx-gguf eval ppl model.gguf -f book.txt --lengths 4096,16384 --against yarn --against window
         sx-gguf eval ppl model.gguf -f book.txt --against all --plot ppl.png
     """
-    text = read_text(file).encode()
+    text = read_text(file)
     arguments = llama_arguments(**options)
     parameters = {name: arguments.pop(name) for name in PARAMETERS}
     schedule = parameters.pop("schedule") or SCHEDULES[0]
     with ModelInfo(model, verbose=options["verbose"]) as info:
-        tokens, n_ctx_train = info.tokenize(text, add_bos=True), info.n_ctx_train
+        tokens, n_ctx_train, bos = info.tokenizer.tokens(text), info.n_ctx_train, info.tokenizer.bos
     reach = longest_context(n_ctx_train, schedule=schedule, **parameters)
     lengths = lengths or usual_lengths(n_ctx_train, min(len(tokens), reach))
     others = AGAINST if "all" in against else against
@@ -128,6 +128,7 @@ def ppl(
             methods,
             lengths,
             n_texts=texts,
+            bos=bos,
             on_progress=lambda method, n: show(f"reading {n} tokens: {method}"),
             parameters=parameters,
             **arguments,
@@ -221,7 +222,7 @@ def passkey(
                 lengths,
                 spread,
                 trials,
-                count_tokens=lambda part: len(info.tokenize(part.encode(), add_bos=True)),
+                count_tokens=lambda part: len(info.tokenizer.tokens(part)),
                 seed=seed,
                 digits=digits,
                 text=read_text(DEMO_TEXT),

@@ -71,7 +71,7 @@ def _load_config(context: click.Context, _: click.Parameter, path: Path | None) 
     if path is None:
         return
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
         unknown = set(values) - set(PARAMETERS)
     except (ValueError, TypeError) as error:
         raise click.BadParameter(f"{path} is no file that `sx-gguf tune` wrote: {error}") from error
@@ -118,6 +118,7 @@ text_options = _combine(
         "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once."
     ),
     click.option("--raw", is_flag=True, help="Leave out the model's chat template."),
+    click.option("--special", is_flag=True, help="Recognise special tokens in texts too, such as <|im_end|>."),
     click.option("--system", help="System message for the chat template."),
 )
 

@@ -63,6 +63,7 @@ def run(
     predict: int,
     batch_size: int,
     raw: bool,
+    special: bool,
     system: str | None,
     seed: int,
     prompt_cache: Path | None,
@@ -93,7 +94,7 @@ def run(
         return
     sampling = take_sampling(options) | {"seed": seed}
     with ModelInfo(model, verbose=options["verbose"]) as info:
-        tokens = make_prompt(info, text, system, raw=raw)
+        tokens = make_prompt(info, text, system, raw=raw, special=special)
         if not tokens.tokens:
             raise click.UsageError("the prompt is empty")
         n_ctx = ctx or cache.context_for(len(tokens.tokens) + predict + 1, tokens.tokens)

@@ -19,9 +19,9 @@ def read_standard_input() -> str:
 
 
 def decode(content: bytes, name: str) -> str:
-    """UTF-8 text that came from `name`, or an error in one line."""
+    """UTF-8 text that came from `name`, without its byte order mark, or an error in one line."""
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise click.ClickException(f"{name} is not UTF-8 text: invalid byte at offset {error.start}") from error
 

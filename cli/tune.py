@@ -48,16 +48,12 @@ def tune(
     text = read_text(file or DEMO_TEXT)
     arguments = model_arguments(**options)
     with ModelInfo(model, verbose=options["verbose"]) as info:
-        tokens, n_ctx_train = info.tokenize(text.encode(), add_bos=True), info.n_ctx_train
+        tokens, n_ctx_train, bos = info.tokenizer.tokens(text), info.n_ctx_train, info.tokenizer.bos
         if ctx <= n_ctx_train:
             raise click.ClickException(f"{ctx} tokens fit the trained context of {n_ctx_train}: nothing to tune")
         if ctx > len(tokens):
             raise click.ClickException(f"the text has {len(tokens)} tokens, {ctx} are needed: give a longer with -f")
-
-        def count(part: str) -> int:
-            return len(info.tokenize(part.encode(), add_bos=True))
-
-        tasks = key_tasks(ctx, text, count)
+        tasks = key_tasks(ctx, text, lambda part: len(info.tokenizer.tokens(part)))
 
     with status_line() as show:
         trials = find(
@@ -66,6 +62,7 @@ def tune(
             ctx,
             n_ctx_train,
             budget,
+            bos=bos,
             retrieval=lambda parameters: fraction_found(str(model), ctx, tasks, **parameters, **arguments),
             on_progress=lambda done, left, seconds: show(f"{done} readings, {left} candidates, {seconds:.0f} s"),
             **arguments,

@@ -58,6 +58,7 @@ enum sx_status {
     SX_ERR_MEMORY   = -6,  // out of memory on the host or on a device
     SX_ERR_DEVICE   = -7,  // a device could not run the rotation
     SX_ERR_ABORTED  = -8,  // the abort callback of the context stopped llama_decode
+    SX_ERR_TEXT     = -9,  // llama.cpp's tokenizer fails on the text
 };
 
 enum sx_schedule {
@@ -186,6 +187,28 @@ SX_API int32_t sx_engine_decode(sx_engine * engine, struct llama_batch batch);
 SX_API void sx_engine_truncate(sx_engine * engine, int32_t n);
 
 SX_API struct sx_stats sx_engine_stats(const sx_engine * engine);
+
+/*
+ * Longest part of a text, in bytes, that the regular expression of a pre-tokenizer may match at once, or more: an upper
+ * bound for all pre-tokenizers. llama.cpp recurses for each character of a match.
+ */
+SX_API int64_t sx_longest_match(const char * text, int64_t n_text);
+
+/*
+ * llama_tokenize, which ends the process on some texts: it recurses, throws and asserts.
+ * n_stack: 0 = on this thread; else on a thread with so many bytes of stack, of which those are used that are needed.
+ * tokens: (n_max) int32, written only on SX_OK and if they have room. Any number of threads may call it at once.
+ *   SX_OK          *n_tokens is their number, or minus the number that there would be if n_max is too small
+ *   SX_ERR_TEXT    the tokenizer failed on the text, or the model has no vocabulary
+ *   SX_ERR_MEMORY  no memory for the tokens or the stack
+ */
+SX_API int32_t sx_tokenize(
+        const struct llama_vocab * vocab, const char * text, int32_t n_text, bool add_special, bool parse_special,
+        int64_t n_stack, int32_t * tokens, int32_t n_max, int32_t * n_tokens);
+
+// Number of tokens with a text of their own beside the vocabulary of words (control, unknown, user-defined), of which
+// the first n_max are written to tokens, in ascending order.
+SX_API int32_t sx_special_tokens(const struct llama_vocab * vocab, int32_t * tokens, int32_t n_max);
 
 /*
  * For command line programs: let Ctrl-C (SIGINT) abort a running llama_decode of ctx on the CPU, in front of the

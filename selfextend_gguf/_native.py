@@ -24,6 +24,7 @@ from selfextend_gguf.errors import (
     NativeLibraryError,
     NotEnoughMemoryError,
     SelfExtendError,
+    TextError,
     UnsupportedModelError,
 )
 from selfextend_gguf.schedule import SCHEDULES, SelfExtendConfig
@@ -44,6 +45,7 @@ class Status(IntEnum):
     ERR_MEMORY = -6
     ERR_DEVICE = -7
     ERR_ABORTED = -8
+    ERR_TEXT = -9
 
 
 # What is raised for a status; a decode that Ctrl-C aborted is a KeyboardInterrupt.
@@ -55,6 +57,7 @@ _ERRORS: dict[Status, type[SelfExtendError]] = {
     Status.ERR_CACHE: EngineError,
     Status.ERR_MEMORY: NotEnoughMemoryError,
     Status.ERR_DEVICE: EngineError,
+    Status.ERR_TEXT: TextError,
 }
 
 
@@ -171,6 +174,27 @@ _declare("sx_engine_decode", [ctypes.c_void_p, llama_cpp.llama_batch], ctypes.c_
 _declare("sx_engine_truncate", [ctypes.c_void_p, ctypes.c_int32], None)
 # struct sx_stats sx_engine_stats(const sx_engine *);
 _declare("sx_engine_stats", [ctypes.c_void_p], _Stats)
+# int64_t sx_longest_match(const char * text, int64_t n_text);
+_declare("sx_longest_match", [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64)
+# int32_t sx_tokenize(const struct llama_vocab *, const char * text, int32_t n_text, bool add_special,
+#                     bool parse_special, int64_t n_stack, int32_t * tokens, int32_t n_max, int32_t * n_tokens);
+_declare(
+    "sx_tokenize",
+    [
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_int32,
+        ctypes.c_bool,
+        ctypes.c_bool,
+        ctypes.c_int64,
+        _int32_p,
+        ctypes.c_int32,
+        _int32_p,
+    ],
+    ctypes.c_int32,
+)
+# int32_t sx_special_tokens(const struct llama_vocab *, int32_t * tokens, int32_t n_max);
+_declare("sx_special_tokens", [ctypes.c_void_p, _int32_p, ctypes.c_int32], ctypes.c_int32)
 # int32_t sx_interrupt_watch(struct llama_context *);
 _declare("sx_interrupt_watch", [ctypes.c_void_p], ctypes.c_int32)
 # void sx_log_silence(void);
@@ -244,6 +268,33 @@ def schedule_step(config: SelfExtendConfig, n_cached: int, n_new: int) -> int:
     step = ctypes.c_int32()
     _check(_LIB.sx_schedule_step(ctypes.byref(_params(config)), n_cached, n_new, ctypes.byref(step)))
     return step.value
+
+
+def longest_match(text: bytes) -> int:
+    """Most bytes of `text` that a pre-tokenizer may match at once, or more: its recursion is as deep."""
+    return int(_LIB.sx_longest_match(text, len(text)))
+
+
+def tokenize(vocab: ctypes.c_void_p, text: bytes, *, add_special: bool, parse_special: bool, n_stack: int) -> list[int]:
+    """llama_tokenize of a text of less than 2 GiB, on a thread with `n_stack` bytes of stack (0: on this one).
+
+    Raises TextError where llama.cpp throws or asserts, and NotEnoughMemoryError.
+    """
+    n_tokens, n_max = ctypes.c_int32(), len(text) + 16  # a token is a byte or more, nearly always
+    while True:
+        tokens = np.empty(n_max, np.int32)
+        flags = (add_special, parse_special, n_stack)
+        _check(_LIB.sx_tokenize(vocab, text, len(text), *flags, _pointer(tokens), n_max, ctypes.byref(n_tokens)))
+        if n_tokens.value >= 0:
+            return list(tokens[: n_tokens.value].tolist())
+        n_max = -n_tokens.value
+
+
+def special_tokens(vocab: ctypes.c_void_p) -> list[int]:
+    """Ids of the control, unknown and user-defined tokens, in ascending order."""
+    ids = np.empty(_LIB.sx_special_tokens(vocab, None, 0), np.int32)
+    _LIB.sx_special_tokens(vocab, _pointer(ids), len(ids))
+    return list(ids.tolist())
 
 
 def watch_interrupts(context: llama_cpp.llama_context_p) -> None:

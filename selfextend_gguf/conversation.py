@@ -20,13 +20,17 @@ class Conversation:
     """Messages of a user and answers of a model, in turns.
 
     Each turn reads only what the cache lacks, also after `undo`, another answer or a loaded cache. The model's chat
-    template is used if there is one; else, and with `raw`, the texts simply go on from each other.
+    template is used if there is one; else, and with `raw`, the texts simply go on from each other. With `special`,
+    special tokens are recognised in the texts.
     """
 
-    def __init__(self, llm: Llama, info: ModelInfo, *, system: str | None = None, raw: bool = False) -> None:
+    def __init__(
+        self, llm: Llama, info: ModelInfo, *, system: str | None = None, raw: bool = False, special: bool = False
+    ) -> None:
         self.system = system  #: system message; another one is used from the next turn on
         self.messages: list[Message] = []  #: a user's, an answer, a user's, an answer ...
         self.raw = not uses_template(info, raw=raw)
+        self._special = special
         self._llm = llm
         self._info = info
         self._transcript = _Transcript()
@@ -113,13 +117,14 @@ class Conversation:
 
     def _prompt(self, messages: list[Message]) -> Prompt:
         """Tokens for the answer to `messages`; they begin with known ones as far as the text does."""
-        rendering = render(self._info, with_system(self.system, messages), raw=self.raw)
+        messages = with_system(self.system, messages)
+        rendering = render(self._info, messages, raw=self.raw, special=self._special)
         known = self._transcript
         known.cut_to(rendering.text)
-        rest = rendering.text[len(known.text) :].encode()
+        rest = rendering.text[len(known.text) :]
         if rest:
-            more = (
-                self._info.tokenize_more(rest) if known.text else self._info.tokenize(rest, add_bos=rendering.add_bos)
+            more = self._info.tokenizer.tokens(
+                rest, special=rendering.special, marks=rendering.marks, begins=not known.text
             )
             known.append(rest, more)
         return Prompt(list(known.tokens), rendering.stop)
@@ -141,19 +146,24 @@ class Conversation:
             if between_characters and len(spelled) > n_bytes:
                 n_tokens, n_bytes = n, len(spelled)
         if n_tokens:
-            self._transcript.append(wanted[:n_bytes], cached[:n_tokens])
+            # As the template will be given it: in marked texts one character stands for one.
+            given = answer if self.raw or self._special else self._info.tokenizer.mark(answer)[0]
+            self._transcript.append(given[: len(wanted[:n_bytes].decode())], cached[:n_tokens])
 
 
 class _Transcript:
-    """A text with its tokens, which tokenising it anew would not always give: answers are sampled token by token."""
+    """A text, marked as templates get it, with its tokens.
+
+    Tokenising it anew would not always give these: answers are sampled token by token.
+    """
 
     def __init__(self) -> None:
         self.text = ""
         self.tokens: list[int] = []
         self._ends: list[tuple[int, int]] = []  # (characters, tokens) up to where a prompt or an answer ends
 
-    def append(self, text: bytes, tokens: list[int]) -> None:
-        self.text += text.decode()
+    def append(self, text: str, tokens: list[int]) -> None:
+        self.text += text
         self.tokens += tokens
         self._ends.append((len(self.text), len(self.tokens)))
 

@@ -23,6 +23,10 @@ class UnsupportedModelError(SelfExtendError):
     """A model or context that Self-Extend cannot extend correctly; the message names the reason."""
 
 
+class TextError(SelfExtendError, ValueError):
+    """A text that cannot be made tokens, or a token that the vocabulary does not have."""
+
+
 class ContextFullError(SelfExtendError, ValueError):
     """More tokens than the context holds."""
 

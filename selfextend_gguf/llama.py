@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp._internals import LlamaContext, LlamaSampler
 from llama_cpp.llama import LlamaState
+from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerNotFoundException, get_chat_completion_handler
 from llama_cpp.llama_grammar import LlamaGrammar
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from selfextend_gguf._native import (
     EVAL_CALLBACK,
@@ -52,6 +54,7 @@ from selfextend_gguf.prompt_cache import (
     write_prompt,
 )
 from selfextend_gguf.schedule import SelfExtendConfig
+from selfextend_gguf.tokenizer import Tokenizer, encode, text_handler
 
 _PARENT_ARGUMENTS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"self", "kwargs"}
 
@@ -140,6 +143,7 @@ class Llama(llama_cpp.Llama):
             if can_foresee(info, kwargs):
                 check_memory(demand_of(info, n_ctx, n_batch, flash_attn=flash_attn, **kwargs))
         self._load(model_path, n_ctx, n_batch, kwargs)
+        self._take_texts_as_texts()
         if self._engine is not None and self.self_extend is not None:
             self._extend(self._engine, self.self_extend)
 
@@ -234,6 +238,47 @@ class Llama(llama_cpp.Llama):
         if self.draft_model is not None:
             n_batch = self.n_batch
             self.draft_model = StepLimitedDraft(self.draft_model, lambda n: schedule_step(config, n, n_batch))
+
+    # ---- texts -----------------------------------------------------------------------------------------------
+
+    def _take_texts_as_texts(self) -> None:
+        """Put our tokenizer in place of the parent's, and let chat formats find special tokens in their own words only.
+
+        A tokenizer or chat handler that was given stays.
+        """
+        if type(self.tokenizer_) is not LlamaTokenizer:
+            return
+        tokenizer = self.tokenizer_ = Tokenizer(self._model)
+        handlers = self._chat_handlers
+        if self.chat_format is not None and self.chat_format not in handlers:
+            with contextlib.suppress(LlamaChatCompletionHandlerNotFoundException):
+                handlers[self.chat_format] = get_chat_completion_handler(self.chat_format)
+        self._chat_handlers = {name: text_handler(handler, tokenizer) for name, handler in handlers.items()}
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of this model."""
+        return self.tokenizer_
+
+    def _create_completion(
+        self, prompt: str | list[int], stop: str | list[str] | None = None, **kwargs: Any
+    ) -> Iterator[Any]:
+        """As the parent's, which never stops at control tokens, since they spell nothing, and puts BOS before a prompt
+        that begins with it."""
+        tokenizer = self.tokenizer_
+        spelled: frozenset[int] = frozenset()
+        if isinstance(tokenizer, Tokenizer):
+            spelled = tokenizer.spelled_in([stop] if isinstance(stop, str) else stop or [])
+        if isinstance(prompt, str):
+            encode(prompt)  # where it fails, it fails with an error of ours
+            if isinstance(tokenizer, Tokenizer) and kwargs.get("suffix") is None:
+                prompt = tokenizer.without_bos(prompt)
+        with contextlib.closing(super()._create_completion(prompt=prompt, stop=stop, **kwargs)) as chunks:
+            while True:
+                with tokenizer.spelling(spelled) if spelled else contextlib.nullcontext():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
 
     # ---- reading -------------------------------------------------------------------------------------------
 

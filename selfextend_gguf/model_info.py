@@ -14,6 +14,7 @@ from llama_cpp._logger import logger, set_verbose
 from selfextend_gguf._native import last_error, note_log_errors
 from selfextend_gguf.errors import ModelFileError
 from selfextend_gguf.kv_cache import kv_cache_bytes
+from selfextend_gguf.tokenizer import Tokenizer
 
 _MAGIC = b"GGUF"
 
@@ -75,6 +76,7 @@ class ModelInfo:
         """`kv_overrides` replace metadata, as in `Llama`. Raises ModelFileError."""
         self.path = Path(path)
         self.model = load_model(path, vocab_only=True, verbose=verbose)
+        self.tokenizer = Tokenizer(self.model)
         overrides = {key: str(value) for key, value in (kv_overrides or {}).items()}
         self.metadata: dict[str, str] = self.model.metadata() | overrides
         self.architecture = self.metadata.get("general.architecture", "unknown")
@@ -147,18 +149,6 @@ class ModelInfo:
     def kv_cache_bytes(self, n_ctx: int, type_k: int, type_v: int) -> int:
         """Size of a KV cache of `n_ctx` tokens, in bytes."""
         return kv_cache_bytes(self.metadata, n_ctx, type_k, type_v)
-
-    def tokenize(self, text: bytes, *, add_bos: bool) -> list[int]:
-        """Tokens of UTF-8 `text`, special tokens recognised, as a completion would see them."""
-        tokens: list[int] = self.model.tokenize(text, add_bos, True)
-        return tokens
-
-    def tokenize_more(self, text: bytes) -> list[int]:
-        """Tokens of `text` where it goes on from other text; alone, some vocabularies would put a space before it."""
-        start = self.tokenize(b"\n", add_bos=False)
-        tokens = self.tokenize(b"\n" + text, add_bos=False)
-        # Where the line break grew together with the text, the vocabulary is of the kind that adds no space.
-        return tokens[len(start) :] if tokens[: len(start)] == start else self.tokenize(text, add_bos=False)
 
     @property
     def n_layers(self) -> int:

@@ -12,6 +12,7 @@ from llama_cpp.llama_types import ChatCompletionRequestMessage
 
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.tokenizer import NO_MARKS, Marks
 
 Message = dict[str, str]  #: "role" ("system", "user" or "assistant") and "content", as chat templates take them
 
@@ -21,7 +22,8 @@ class Rendering:
     """A conversation as one text to complete."""
 
     text: str
-    add_bos: bool  # whether the text lacks the BOS token that the model wants
+    special: bool  # whether it holds special tokens
+    marks: Marks = field(default_factory=dict)  # what of it is no special token all the same
     stop: list[str] = field(default_factory=list)  # strings that end the answer
 
 
@@ -33,10 +35,10 @@ class Prompt:
     stop: list[str] = field(default_factory=list)
 
 
-def render_raw(info: ModelInfo, messages: Sequence[Message]) -> Rendering:
+def render_raw(messages: Sequence[Message], *, special: bool = False) -> Rendering:
     """The messages one after another as they are; a system message is a paragraph of its own."""
     texts = [m["content"] + "\n\n" * (m["role"] == "system") for m in messages]
-    return Rendering("".join(texts), add_bos=info.model.add_bos_token())
+    return Rendering("".join(texts), special)
 
 
 def chat_formatter(info: ModelInfo) -> Jinja2ChatFormatter:
@@ -55,19 +57,20 @@ def chat_formatter(info: ModelInfo) -> Jinja2ChatFormatter:
         raise _template_error(error) from error
 
 
-def render_chat(info: ModelInfo, messages: Sequence[Message]) -> Rendering:
+def render_chat(info: ModelInfo, messages: Sequence[Message], *, special: bool = False) -> Rendering:
     """The messages in the model's own chat template, up to where the answer begins.
 
-    Raises ConfigError when the model has no template or its template fails.
+    Special tokens are those of the template; with `special` also such as the messages spell. Raises ConfigError when
+    the model has no template or its template fails.
     """
+    marked, marks = (list(messages), NO_MARKS) if special else info.tokenizer.mark(list(messages))
     formatter = chat_formatter(info)
     try:
-        rendered = formatter(messages=cast("list[ChatCompletionRequestMessage]", list(messages)))
+        rendered = formatter(messages=marked)
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise _template_error(error) from error
     stop = rendered.stop if isinstance(rendered.stop, list) else [rendered.stop] if rendered.stop else []
-    add_bos = not rendered.added_special and info.model.add_bos_token()
-    return Rendering(rendered.prompt, add_bos, [s for s in stop if s])
+    return Rendering(rendered.prompt, True, marks, [s for s in stop if s])
 
 
 def _template_error(error: Exception) -> ConfigError:
@@ -79,15 +82,23 @@ def uses_template(info: ModelInfo, *, raw: bool) -> bool:
     return info.chat_template is not None and not raw
 
 
-def render(info: ModelInfo, messages: Sequence[Message], *, raw: bool) -> Rendering:
+def render(info: ModelInfo, messages: Sequence[Message], *, raw: bool, special: bool = False) -> Rendering:
     """The messages as one text to complete. Raises ConfigError when the model's template fails."""
-    return render_chat(info, messages) if uses_template(info, raw=raw) else render_raw(info, messages)
+    if uses_template(info, raw=raw):
+        return render_chat(info, messages, special=special)
+    return render_raw(messages, special=special)
 
 
-def make_prompt(info: ModelInfo, text: str, system: str | None = None, *, raw: bool = False) -> Prompt:
-    """`text` as a user's message. Raises ConfigError when the model's template fails."""
-    rendering = render(info, with_system(system, [{"role": "user", "content": text}]), raw=raw)
-    return Prompt(info.tokenize(rendering.text.encode(), add_bos=rendering.add_bos), rendering.stop)
+def make_prompt(
+    info: ModelInfo, text: str, system: str | None = None, *, raw: bool = False, special: bool = False
+) -> Prompt:
+    """`text` as a user's message; `special`: special tokens are recognised in it.
+
+    Raises ConfigError when the model's template fails, and TextError.
+    """
+    rendering = render(info, with_system(system, [{"role": "user", "content": text}]), raw=raw, special=special)
+    tokens = info.tokenizer.tokens(rendering.text, special=rendering.special, marks=rendering.marks)
+    return Prompt(tokens, rendering.stop)
 
 
 def with_system(system: str | None, messages: Sequence[Message]) -> list[Message]:

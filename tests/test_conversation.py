@@ -284,10 +284,10 @@ def test_the_tokens_of_answers_are_those_that_were_sampled(pair_model, opened, t
     chat.ask("hello", max_tokens=30, seed=3, **LETTERS)
     answer_tokens = chat.llm.input_ids[: chat.llm.n_tokens].tolist()[-29:]
     answer = chat.conversation.messages[-1]["content"]
-    assert chat.info.tokenize(answer.encode(), add_bos=False)[:29] != answer_tokens
+    assert chat.info.tokenizer.tokens(answer, begins=False)[:29] != answer_tokens
     _, n = chat.ask("more", max_tokens=30, seed=4, **LETTERS)
     unread = answer.encode().removeprefix(chat.llm.detokenize(answer_tokens))
-    assert n == len(chat.info.tokenize(unread + b"\n[user] more\n[assistant] ", add_bos=False))
+    assert n == len(chat.info.tokenizer.tokens(unread.decode() + "\n[user] more\n[assistant] ", begins=False))
     kept = chat.llm.input_ids[: chat.llm.n_tokens].tolist()
 
     # And they still are after the conversation has been saved and restored, or a turn taken back.
@@ -324,10 +324,10 @@ def test_text_that_goes_on_gets_no_space_before_it(tmp_path, monkeypatch):
     shape = LlamaShape(n_ctx_train=64, n_layer=1, n_embd=64, n_head=2, n_head_kv=2, head_dim=32, n_ff=64, n_vocab=269)
     write_llama(tmp_path / "spm.gguf", shape, random_tensors(shape, 1))
     with ModelInfo(tmp_path / "spm.gguf") as info:
-        whole = info.tokenize(b"abcab", add_bos=True)
-        assert info.tokenize(b"ab", add_bos=False) != whole[-2:]
-        assert info.tokenize(b"abc", add_bos=True) + info.tokenize_more(b"ab") == whole
-        assert info.tokenize_more(b"\nab") == info.tokenize(b"c\nab", add_bos=False)[-3:]
+        whole = info.tokenizer.tokens("abcab")
+        assert info.tokenizer.tokens("ab")[1:] != whole[-2:]
+        assert info.tokenizer.tokens("abc") + info.tokenizer.tokens("ab", begins=False) == whole
+        assert info.tokenizer.tokens("\nab", begins=False) == info.tokenizer.tokens("c\nab")[-3:]
 
 
 def test_a_single_message_is_a_conversation_of_one(chat_model, opened):

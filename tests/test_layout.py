@@ -17,7 +17,7 @@ FLOORS = [
     ["tiny", "schedule"],
     ["planning", "kv_cache", "reference", "grammar"],
     ["_native"],
-    ["model_info", "context", "prompt_cache"],
+    ["tokenizer", "model_info", "context", "prompt_cache"],
     ["memory", "prompt"],
     ["examine", "llama"],
     ["generate", "conversation"],

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfextend_gguf.kv_cache import KV_TYPES
+from selfextend_gguf.models import TINY_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +24,10 @@ def build(tmp_path_factory) -> Path:
         [cmake, "-S", ROOT, "-B", folder, "-DSELFEXTEND_NATIVE_TESTS=ON", f"-DPython_EXECUTABLE={sys.executable}"],
         check=True,
     )
-    subprocess.run([cmake, "--build", folder, "--target", "test_schedule", "test_layers", "test_engine"], check=True)
+    subprocess.run(
+        [cmake, "--build", folder, "--target", "test_schedule", "test_layers", "test_engine", "test_tokenize"],
+        check=True,
+    )
     return folder / "tests" / "native"
 
 
@@ -34,6 +38,10 @@ def run(*command: str | Path) -> None:
 
 def test_schedule(build):
     run(build / "test_schedule")
+
+
+def test_tokenize(build):
+    run(build / "test_tokenize", TINY_MODEL)
 
 
 @pytest.mark.parametrize("program", ["test_layers", "test_engine"])

@@ -59,13 +59,17 @@ class LengthResult:
     losses: Losses  # (n_texts, n_tokens - 1) of whole texts, for plots
 
 
-def stretches(tokens: Sequence[int], n_tokens: int, n_texts: int) -> list[list[int]]:
-    """Up to `n_texts` stretches of `n_tokens`, spread evenly and not overlapping. ConfigError if there is none."""
+def stretches(tokens: Sequence[int], n_tokens: int, n_texts: int, bos: int | None = None) -> list[list[int]]:
+    """Up to `n_texts` stretches of `n_tokens`, spread evenly and not overlapping. ConfigError if there is none.
+
+    `bos`, if the vocabulary wants one, takes the place of the first token of each, as in llama.cpp's perplexity.
+    """
     if n_tokens > len(tokens):
         raise ConfigError(f"the text has {len(tokens)} tokens, {n_tokens} were asked for")
     n_texts = min(n_texts, len(tokens) // n_tokens)
     starts = np.linspace(0, len(tokens) - n_tokens, n_texts).astype(int)
-    return [list(tokens[start : start + n_tokens]) for start in starts]
+    texts = [list(tokens[start : start + n_tokens]) for start in starts]
+    return texts if bos is None else [[bos, *text[1:]] for text in texts]
 
 
 def compare(
@@ -75,6 +79,7 @@ def compare(
     lengths: Sequence[int],
     *,
     n_texts: int = 1,
+    bos: int | None = None,
     on_progress: Callable[[str, int], None] = lambda method, n_tokens: None,
     parameters: dict[str, int | None] | None = None,
     **arguments: Any,
@@ -84,13 +89,14 @@ def compare(
     Args:
         tokens: The whole text.
         n_texts: Stretches a length.
+        bos: The token that the vocabulary wants before each of them, if it wants one.
         on_progress: Called before each reading with the method and the length.
         parameters: Of Self-Extend.
         arguments: Of both `Llama` classes.
     """
     results = []
     for n_tokens in lengths:
-        texts, reference = stretches(tokens, n_tokens, n_texts), None
+        texts, reference = stretches(tokens, n_tokens, n_texts, bos), None
         for method in methods:
             on_progress(method, n_tokens)
             reader = open_reader(method, model_path, n_tokens, parameters=parameters, **arguments)

@@ -111,9 +111,14 @@ class WindowReader:
     of all its tokens). So each token has half to one trained context before it: the text's own difficulty.
     """
 
-    def __init__(self, llm: llama_cpp.Llama, n_ctx_train: int) -> None:
+    def __init__(self, llm: llama_cpp.Llama, n_ctx_train: int, bos: int | None = None) -> None:
+        """`bos`, if the vocabulary wants one, takes the place of the first token of each window."""
         self._reader = LlamaReader(llm)
         self._window = n_ctx_train
+        self._bos = bos
+
+    def _fresh(self, tokens: Sequence[int]) -> Sequence[int]:
+        return tokens if self._bos is None else [self._bos, *tokens[1:]]
 
     def close(self) -> None:
         self._reader.close()
@@ -122,14 +127,14 @@ class WindowReader:
         half = self._window // 2
         result = np.empty(len(tokens) - 1)
         for begin in range(0, max(1, len(tokens) - half), half):
-            part = self._reader.losses(tokens[begin : begin + self._window + 1])
+            part = self._reader.losses(self._fresh(tokens[begin : begin + self._window + 1]))
             keep = 0 if begin == 0 else half - 1
             result[begin + keep : begin + len(part)] = part[keep:]
         return result
 
     def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
         kept = self._window - max(map(len, questions), default=0) - n_tokens
-        return self._reader.answers(prompt[-kept:], questions, n_tokens)
+        return self._reader.answers(self._fresh(prompt[-kept:]), questions, n_tokens)
 
 
 class LoopReader:
@@ -234,13 +239,13 @@ def open_reader(
     if method in SCHEDULES:
         return LlamaReader(Llama(model_path, n_ctx=n_tokens, schedule=method, **(parameters or {}), **arguments))
     with ModelInfo(model_path) as info:
-        n_ctx_train, base, n_rot = info.n_ctx_train, info.rope_base, info.n_rot
+        n_ctx_train, base, n_rot, bos = info.n_ctx_train, info.rope_base, info.n_rot, info.tokenizer.bos
     n_ctx = {"window": n_ctx_train, "loop": n_tokens + _LOOP_ROOM}.get(method, n_tokens)
     if method in _STRETCHED:
         arguments |= _stretched(method, max(1.0, n_tokens / n_ctx_train), base, n_rot, n_ctx_train)
     llm = llama_cpp.Llama(model_path, n_ctx=whole_cells(n_ctx + 1), **arguments)
     if method == "window":
-        return WindowReader(llm, n_ctx_train)
+        return WindowReader(llm, n_ctx_train, bos)
     if method == "loop":
         size = plan(n_ctx_train, n_tokens, **(parameters or {})).group_size
         return LoopReader(llm, size, max(size, n_ctx_train // 2 // size * size))

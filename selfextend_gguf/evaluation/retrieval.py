@@ -36,8 +36,9 @@ def wilson_interval(score: float, n: int) -> tuple[float, float]:
 
 
 def greedy_answer(llm: llama_cpp.Llama, prompt: str, max_tokens: int) -> str:
-    """The likeliest continuation of a prompt, which is completed as it is, without chat template."""
-    answer: Any = llm.create_completion(prompt, max_tokens=max_tokens, temperature=0.0)
+    """The likeliest continuation of a prompt, which is completed as it is, without chat template or special tokens."""
+    tokens = llm.tokenize(prompt.encode(), special=False)
+    answer: Any = llm.create_completion(tokens, max_tokens=max_tokens, temperature=0.0)
     return str(answer["choices"][0]["text"])
 
 

@@ -117,6 +117,7 @@ def tune(
     n_ctx_train: int,
     budget_seconds: float,
     *,
+    bos: int | None = None,
     retrieval: Callable[[dict[str, Any]], float] | None = None,
     on_progress: Callable[[int, int, float], None] = lambda done, left, seconds: None,
     **arguments: Any,
@@ -128,12 +129,13 @@ def tune(
 
     Args:
         tokens: The text to tune on; ConfigError if it is shorter than `n_ctx`.
+        bos: The token that the vocabulary wants before each stretch, if it wants one.
         retrieval: Fraction of keys found with given parameters, for the last four and the default.
         on_progress: Called after each reading: readings done, candidates left, seconds used.
         arguments: Of `Llama`.
     """
     began = time.monotonic()
-    texts = stretches(tokens, n_ctx, 8)
+    texts = stretches(tokens, n_ctx, 8, bos)
     trials = [Trial(config, is_default=i == 0) for i, config in enumerate(candidates(n_ctx_train, n_ctx))]
     running, done = list(trials), 0
     time_for_retrieval = 0.3 * budget_seconds if retrieval else 0.0

@@ -22,6 +22,7 @@ from selfextend_gguf.errors import (
     GrammarError,
     RequestStoppedError,
     SelfExtendError,
+    TextError,
     UnknownModelError,
 )
 from selfextend_gguf.server.models import OneModelAtATime
@@ -36,6 +37,7 @@ _REQUEST_ERRORS: dict[type[Exception], tuple[int, str | None]] = {
     ContextFullError: (400, "context_length_exceeded"),
     GrammarError: (400, None),
     ConfigError: (400, None),
+    TextError: (400, None),
     RequestStoppedError: (503, None),
 }
 _CODES = {401: "invalid_api_key"}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from selfextend_gguf.errors import UnknownModelError
 from selfextend_gguf.llama import Llama
@@ -17,6 +16,7 @@ from selfextend_gguf.planning import PARAMETERS, default_context, plan, whole_ce
 from selfextend_gguf.prompt import chat_formatter
 from selfextend_gguf.server.kept_prompts import KeptPrompts, RememberingLlama
 from selfextend_gguf.server.work import current_work, stop_if_unwanted
+from selfextend_gguf.tokenizer import TextFormatter
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ServedModel:
     alias: str
     info: ModelInfo
     n_ctx: int  #: extended context in tokens
-    formatter: Jinja2ChatFormatter | None  #: the model's chat template, if it has one
+    formatter: TextFormatter | None  #: the model's chat template, if it has one
     arguments: dict[str, Any]  #: of `Llama`, besides path and context
     keep: Callable[[], KeptPrompts]  #: where its prompts are kept while it is loaded
 
@@ -39,7 +39,7 @@ class ServedModel:
         parameters = {name: arguments[name] for name in PARAMETERS}
         n_ctx = whole_cells(ctx or default_context(info.n_ctx_train, **parameters))
         plan(info.n_ctx_train, n_ctx, **parameters)
-        formatter = chat_formatter(info) if info.chat_template else None
+        formatter = TextFormatter(chat_formatter(info), info.tokenizer) if info.chat_template else None
         return cls(alias, info, n_ctx, formatter, arguments, keep)
 
     def load(self) -> Llama:

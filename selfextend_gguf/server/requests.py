@@ -86,8 +86,8 @@ class CompletionRequest(Request, CreateCompletionRequest):
         return self
 
     def tokens(self, model: ServedModel) -> list[int]:
-        """The prompt's tokens."""
-        return model.info.tokenize(self.prompt.encode(), add_bos=model.info.model.add_bos_token())
+        """The prompt's tokens; special ones are recognised, since whoever needs a template writes it here."""
+        return model.info.tokenizer.tokens(self.prompt, special=True)
 
     def grammars(self) -> list[str]:
         """The grammars that are asked for."""
@@ -169,7 +169,7 @@ class ChatRequest(Request, CreateChatCompletionRequest):
         """The tokens of the messages in the model's chat template. Raises ConfigError."""
         if model.formatter is None:
             raise ConfigError(f"the model {model.alias!r} has no chat template; use /v1/completions")
-        if (self.tools or self.functions) and self._called is None and "tools" not in model.formatter.template:
+        if (self.tools or self.functions) and self._called is None and "tools" not in (model.info.chat_template or ""):
             raise ConfigError(
                 f"the chat template of {model.alias!r} tells the model nothing of tools; name one in tool_choice"
             )
@@ -183,7 +183,7 @@ class ChatRequest(Request, CreateChatCompletionRequest):
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise ConfigError(f"the model's chat template refuses the messages: {error}") from error
-        return model.info.tokenize(rendered.prompt.encode(), add_bos=False)
+        return model.info.tokenizer.tokenize(rendered.prompt.encode())
 
 
 def _refuse_what_both_would_ignore(body: CompletionRequest | ChatRequest) -> None:
