@@ -36,7 +36,7 @@ from selfextend_gguf.errors import (
     UnsupportedModelError,
 )
 from selfextend_gguf.grammar import GrammarSampler, check_grammar
-from selfextend_gguf.kv_cache import flash_attention_helps, warn_of_rounding
+from selfextend_gguf.kv_cache import flash_attention_type, warn_of_rounding
 from selfextend_gguf.memory import can_foresee, check_memory, demand_of
 from selfextend_gguf.model_info import ModelInfo, model_file_error, set_log_level
 from selfextend_gguf.planning import PARAMETERS, check_room, plan, whole_cells
@@ -201,13 +201,14 @@ class Llama(llama_cpp.Llama):
             self.self_extend = None
             return
         config = self.self_extend
-        if self._flash_attn is None and flash_attention_helps(
+        params.flash_attn_type = flash_attention_type(
+            model.metadata(),
             params.type_k,
             params.type_v,
             self.n_batch if config is None else config.block_size,
+            wanted=self._flash_attn,
             on_cpu=self.model_params.n_gpu_layers == 0,
-        ):
-            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+        )
         if config is None:
             return
         if params.embeddings:

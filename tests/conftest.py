@@ -12,7 +12,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from helpers import SHAPES  # noqa: E402
+from helpers import SHAPES, with_slow_keys  # noqa: E402
 
 from selfextend_gguf.models import TINY_MODEL  # noqa: E402
 from selfextend_gguf.reference import Reference  # noqa: E402
@@ -32,8 +32,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(model_folder: Path) -> Callable[[str], Path]:
-    """Path of an F32 model: random weights in one of SHAPES, or "bundled": the bundled model's weights in F32
-    (for its Q8_0 file, llama.cpp rounds activations to 8 bits)."""
+    """Path of an F32 model: random weights in one of SHAPES, "slow-keys": keys that hardly turn (see helpers), or
+    "bundled": the bundled model's weights in F32 (for its Q8_0 file, llama.cpp rounds activations to 8 bits)."""
 
     def make(name: str) -> Path:
         path = model_folder / f"{name}.gguf"
@@ -42,6 +42,9 @@ def model(model_folder: Path) -> Callable[[str], Path]:
         if name == "bundled":
             weights = Reference(TINY_MODEL).weights
             write_llama(path, LlamaShape(), {key: w.astype(np.float32) for key, w in weights.items()})
+        elif name == "slow-keys":
+            shape = SHAPES["neox-64"]
+            write_llama(path, shape, with_slow_keys(random_tensors(shape, seed=0), shape))
         else:
             write_llama(path, SHAPES[name], random_tensors(SHAPES[name], seed=len(name)))
         return path
