@@ -21,7 +21,7 @@ from selfextend_gguf.examine import examine, sensible_context
 from selfextend_gguf.kv_cache import KV_TYPES, warn_of_rounding
 from selfextend_gguf.memory import check_memory, demand_of, gib
 from selfextend_gguf.model_info import ModelInfo
-from selfextend_gguf.planning import default_context, longest_context, plan
+from selfextend_gguf.planning import default_context, longest_context, plan_if_beyond
 
 
 @click.command()
@@ -88,7 +88,7 @@ def describe(
 ) -> dict[str, Any]:
     """All facts as a JSON-able record. Raises ConfigError as `plan` does."""
     types = {"type_k": KV_TYPES[name_k], "type_v": KV_TYPES[name_v]}
-    config = plan(file.n_ctx_train, n_ctx, **parameters) if n_ctx > file.n_ctx_train else None
+    config = plan_if_beyond(file.n_ctx_train, n_ctx, **parameters)
     found = examine(file.path, config, **types, verbose=verbose)
     extendable = found.reason is None
     if not found.has_context or (config is not None and not extendable):

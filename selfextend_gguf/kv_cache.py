@@ -86,6 +86,8 @@ def flash_attention_type(
     `wanted` None: llama.cpp chooses, where its choice is a good one. Raises UnsupportedModelError and ConfigError for
     caches that llama.cpp would read wrongly, or end the process over.
     """
+    _check_blocks(metadata, "key", type_k)
+    _check_blocks(metadata, "value", type_v)
     arch = metadata["general.architecture"]
     if arch in _WITHOUT_FLASH_ATTENTION and (wanted or is_quantised(type_v)):
         raise UnsupportedModelError(
@@ -100,15 +102,19 @@ def flash_attention_type(
         and _flash_attention_helps(type_k, type_v, longest_step, on_cpu=on_cpu)
     ):
         return llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
-    # With flash attention llama.cpp refuses such keys itself. Without it cuts blocks at the ends of heads.
-    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type_k)]
-    head_k, _ = _head_sizes(metadata)
-    if head_k % block:
-        raise ConfigError(
-            f"{type_name(type_k)} keys come in blocks of {block} elements, and a head of this model has {head_k}: "
-            "take keys of f16, bf16 or f32"
-        )
     return llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+
+
+def _check_blocks(metadata: Mapping[str, str], name: str, ggml_type: int) -> None:
+    """Raise ConfigError where blocks would cross the ends of heads: without flash attention llama.cpp reads such keys
+    wrongly, and keeps no such row."""
+    head = _head_sizes(metadata)[name == "value"]
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
+    if head % block:
+        raise ConfigError(
+            f"{type_name(ggml_type)} {name}s come in blocks of {block} elements, and a head of this model has {head}: "
+            f"take {name}s of f16, bf16 or f32"
+        )
 
 
 def _flash_attention_helps(type_k: int, type_v: int, longest_step: int, *, on_cpu: bool) -> bool:
