@@ -9,22 +9,32 @@ from typing import Any
 
 import click
 
+from selfextend_gguf.errors import NotEnoughMemoryError
 from selfextend_gguf.examine import examine, sensible_context
-from selfextend_gguf.kv_cache import KV_TYPES
-from selfextend_gguf.memory import gib
+from selfextend_gguf.kv_cache import KV_TYPES, warn_of_rounding
+from selfextend_gguf.memory import check_memory, demand_of, gib
 from selfextend_gguf.model_info import ModelInfo
-from selfextend_gguf.planning import default_context, longest_context, plan
+from selfextend_gguf.planning import default_context, longest_context, plan_if_beyond
 
-from .options import context_option, model_argument, self_extend_options, verbose_option
+from .options import cache_type_options, context_option, model_argument, self_extend_options, verbose_option
 
 
 @click.command()
 @model_argument
 @context_option
 @self_extend_options
+@cache_type_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 @verbose_option
-def info(model: Path, ctx: int | None, as_json: bool, verbose: bool, **parameters: Any) -> None:
+def info(
+    model: Path,
+    ctx: int | None,
+    cache_type_k: str,
+    cache_type_v: str,
+    as_json: bool,
+    verbose: bool,
+    **parameters: Any,
+) -> None:
     """Show what a model is, and what Self-Extend does with it.
 
     Its context, RoPE and memory, and the parameters for a context.
@@ -34,7 +44,8 @@ def info(model: Path, ctx: int | None, as_json: bool, verbose: bool, **parameter
         sx-gguf info model.gguf --ctx 16384
     """
     with ModelInfo(model, verbose=verbose) as file:
-        facts = describe(file, ctx or default_context(file.n_ctx_train, **parameters), parameters, verbose=verbose)
+        n_ctx = ctx or default_context(file.n_ctx_train, **parameters)
+        facts = describe(file, n_ctx, parameters, cache_type_k, cache_type_v, verbose=verbose)
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -67,20 +78,27 @@ def sensible_words(n_ctx_train: int, n_ctx: int, group_size: int, n_bytes: int |
     return f"up to {n_ctx} tokens ({', '.join(words)})"
 
 
-def describe(file: ModelInfo, n_ctx: int, parameters: dict[str, Any], *, verbose: bool) -> dict[str, Any]:
-    """All facts as a JSON-able record."""
-    found = examine(file.path, verbose=verbose)
-    config = None
-    if found.reason is not None:
+def describe(
+    file: ModelInfo, n_ctx: int, parameters: dict[str, Any], name_k: str, name_v: str, *, verbose: bool
+) -> dict[str, Any]:
+    """All facts as a JSON-able record. Raises ConfigError as `plan` does."""
+    types = {"type_k": KV_TYPES[name_k], "type_v": KV_TYPES[name_v]}
+    config = plan_if_beyond(file.n_ctx_train, n_ctx, **parameters)
+    found = examine(file.path, config, **types, verbose=verbose)
+    extendable = found.reason is None
+    if not found.has_context or (config is not None and not extendable):
         explanation = f"not possible: {found.reason}"
-    elif n_ctx <= file.n_ctx_train:
+    elif memory := too_little_memory(file, n_ctx, **types):
+        explanation = f"not possible: {memory}"
+    elif config is None:
         explanation = f"not needed: {n_ctx} tokens fit the trained context"
     elif found.n_layers == 0:
         explanation = "not needed: layers with RoPE look back a window only, the others use no positions"
     else:
-        config = plan(file.n_ctx_train, n_ctx, **parameters)
         explanation = str(config)
-    extendable = found.reason is None
+        warn_of_rounding(config, types["type_k"], n_layers=found.n_layers, has_frame=found.has_frame)
+    asked = name_k if name_k == name_v else f"{name_k} keys, {name_v} values"
+    kinds = {"f16": ("f16", "f16"), "q8_0": ("q8_0", "q8_0"), asked: (name_k, name_v)}
     return {
         "model": str(file.path),
         "architecture": file.architecture,
@@ -91,11 +109,20 @@ def describe(file: ModelInfo, n_ctx: int, parameters: dict[str, Any], *, verbose
         "layers": file.n_layers,
         "rewritten_layers": found.n_layers,
         "kv_cache_bytes": {
-            name: file.kv_cache_bytes(n_ctx, KV_TYPES[name], KV_TYPES[name]) for name in ("f16", "q8_0")
+            name: file.kv_cache_bytes(n_ctx, KV_TYPES[keys], KV_TYPES[values]) for name, (keys, values) in kinds.items()
         },
-        "sensible_context": asdict(sensible_context(file, parameters if extendable else None)),
+        "sensible_context": asdict(sensible_context(file, parameters if extendable else None, **types)),
         "longest_context": longest_context(file.n_ctx_train, **parameters) if extendable else file.n_ctx_train,
         "extendable": extendable,
-        "self_extend": asdict(config) if config else None,
+        "self_extend": asdict(config) if config and extendable and found.n_layers else None,
         "explanation": explanation,
     }
+
+
+def too_little_memory(file: ModelInfo, n_ctx: int, **types: int) -> str | None:
+    """Why `n_ctx` tokens do not fit the memory, None if they do."""
+    try:
+        check_memory(demand_of(file, n_ctx, 512, flash_attn=None, **types))
+    except NotEnoughMemoryError as error:
+        return str(error)
+    return None

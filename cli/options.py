@@ -122,13 +122,7 @@ text_options = _combine(
     click.option("--system", help="System message for the chat template."),
 )
 
-device_options = _combine(
-    click.option(
-        "-t", "--threads", type=click.IntRange(1), help="CPU threads [half of the cores to generate, all to read]."
-    ),
-    click.option(
-        "-ngl", "--gpu-layers", type=int, default=0, show_default=True, help="Layers to put on the GPU; -1 = all."
-    ),
+cache_type_options = _combine(
     click.option(
         "-ctk",
         "--cache-type-k",
@@ -145,6 +139,16 @@ device_options = _combine(
         show_default=True,
         help="Type of the cached values.",
     ),
+)
+
+device_options = _combine(
+    click.option(
+        "-t", "--threads", type=click.IntRange(1), help="CPU threads [half of the cores to generate, all to read]."
+    ),
+    click.option(
+        "-ngl", "--gpu-layers", type=int, default=0, show_default=True, help="Layers to put on the GPU; -1 = all."
+    ),
+    cache_type_options,
 )
 
 prompt_cache_options = _combine(

@@ -20,7 +20,8 @@ struct sx_engine {
     struct sx_layers layers;     // those whose keys are rewritten
     int32_t * next_cell;         // (layers.n) during a decode: the cell that the layer writes next
 
-    bool      finding;           // the warm-up decode is running: collect layers
+    bool      finding;           // the first warm-up decode is running: collect layers
+    struct sx_probe * probe;     // a warm-up decode is running: note what it writes
     bool      decoding;          // a decode is running: verify, and move positions into the frame
     int       fault;             // sx_status found by the callback, with its message already stored
     // Position inputs of the running micro-batch that already hold frame positions (a scheduler copies
@@ -186,12 +187,23 @@ static void find_layers(sx_engine * e, const struct ggml_tensor * node) {
 bool sx_engine_eval_callback(struct ggml_tensor * node, bool ask, void * user_data) {
     sx_engine * e = user_data;
     int layer = 0;
-    if (!ask || !(e->finding || e->decoding) || e->fault) {
+    if (e->fault) {
         return false;
     }
-    if (e->finding) {
-        find_layers(e, node);
-    } else if (node->op == GGML_OP_ROPE) {
+    if (e->probe) {
+        if (ask && e->finding) {
+            find_layers(e, node);
+        }
+        const int status = ask ? SX_OK : sx_probe_note(e->probe, node);
+        if (status != SX_OK) {
+            fail_in_callback(e, status);
+        }
+        return e->fault == 0;
+    }
+    if (!ask || !e->decoding) {
+        return false;
+    }
+    if (node->op == GGML_OP_ROPE) {
         move_into_frame(e, node->src[1]);
     } else {
         const struct ggml_tensor * keys = sx_graph_key_cache(node, &layer);
@@ -228,12 +240,25 @@ static int check_model(const sx_engine * e, struct llama_context * ctx) {
     return SX_OK;
 }
 
-// Decode a token, and note the layers that the callback sees.
-static int probe(sx_engine * e, struct llama_context * ctx) {
-    e->finding = true;
-    const int status = sx_decode_probe(ctx, 0);
-    e->finding = false;
-    return status ? status : e->fault;
+// Decode a token at `position`, and let the callback note what that writes; at position 0 also the layers.
+static int probe(sx_engine * e, struct llama_context * ctx, struct sx_probe * probe, llama_pos position) {
+    e->finding = position == 0;
+    e->probe   = probe;
+    const int status = sx_decode_probe(ctx, position);
+    e->probe   = NULL;
+    return e->fault ? e->fault : status;
+}
+
+static int find_and_verify(sx_engine * e, struct llama_context * ctx) {
+    struct sx_probe here = { 0 }, there = { 0 };
+    int status = probe(e, ctx, &here, 0);
+    status = status ? status : sx_layers_settle(&e->layers, ctx);
+    llama_memory_clear(llama_get_memory(ctx), true);
+    status = status ? status : probe(e, ctx, &there, SX_PROBE_POSITION);
+    status = status ? status : sx_layers_verify(&e->layers, &here, &there, llama_n_threads(ctx));
+    sx_probe_free(&there);
+    sx_probe_free(&here);
+    return status;
 }
 
 static int prepare_decodes(sx_engine * e) {
@@ -252,9 +277,7 @@ int32_t sx_engine_attach(sx_engine * e, struct llama_context * ctx) {
     if (status != SX_OK) {
         return status;
     }
-    status = probe(e, ctx);
-    status = status ? status : sx_layers_settle(&e->layers, ctx);
-    status = status ? status : sx_layers_verify(&e->layers, ctx);
+    status = find_and_verify(e, ctx);
     llama_memory_clear(llama_get_memory(ctx), true);
     llama_perf_context_reset(ctx);
     if (status == SX_OK) {

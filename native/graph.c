@@ -11,12 +11,21 @@ static struct ggml_tensor * root_of(struct ggml_tensor * t) {
     return t;
 }
 
-struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * layer) {
+// The cache that `node` writes to, if its name is of this form.
+static struct ggml_tensor * written_cache(const struct ggml_tensor * node, const char * format, int * layer) {
     if (node->op != GGML_OP_SET_ROWS || !node->view_src) {
         return NULL;
     }
     struct ggml_tensor * cache = root_of(node->view_src);
-    return sscanf(cache->name, "cache_k_l%d", layer) == 1 ? cache : NULL;
+    return sscanf(cache->name, format, layer) == 1 ? cache : NULL;
+}
+
+struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * layer) {
+    return written_cache(node, "cache_k_l%d", layer);
+}
+
+bool sx_graph_writes_values(const struct ggml_tensor * node, int * layer) {
+    return written_cache(node, "cache_v_l%d", layer) != NULL;
 }
 
 const char * sx_graph_other_cache(const struct ggml_tensor * node) {

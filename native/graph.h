@@ -26,6 +26,9 @@ struct sx_rope {
 // The K tensor (row = cell) that `node` writes keys to, and its layer number; NULL for any other node.
 struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * layer);
 
+// Whether `node` writes values to the cache of a layer.
+bool sx_graph_writes_values(const struct ggml_tensor * node, int * layer);
+
 // Name of the cache that `node` reads or writes if it is neither one of keys nor one of values, else NULL: the index of
 // sparse attention, a recurrent state.
 const char * sx_graph_other_cache(const struct ggml_tensor * node);

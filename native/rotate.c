@@ -64,9 +64,10 @@ static int32_t cut(const int32_t * delta, int32_t n_rows, int32_t longest, struc
     return n;
 }
 
-// ggml's RoPE takes these types as they are; any other is read as f32, rotated and written back.
-static bool rope_takes(enum ggml_type type) {
-    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16;
+// ggml's RoPE takes these types as they are; any other is read as f32, rotated and written back, and so are keys that a
+// Hadamard matrix has mixed.
+static bool in_place(const struct sx_layer * layer) {
+    return (layer->keys->type == GGML_TYPE_F32 || layer->keys->type == GGML_TYPE_F16) && layer->rope.n_hadamard == 0;
 }
 
 static struct ggml_tensor * rope_rows(
@@ -104,7 +105,7 @@ static struct ggml_tensor * rotate_segment(
     const size_t head_size = ggml_row_size(keys->type, head_dim), row_size = keys->nb[1];
     // With one delta for all rows, every (row, head) pair is a head of a single token: one sine table.
     const int64_t heads = s->uniform ? n_heads * n_rows : n_heads, tokens = s->uniform ? 1 : n_rows;
-    if (rope_takes(keys->type)) {
+    if (in_place(layer)) {
         struct ggml_tensor * rows = ggml_view_3d(ctx, keys, head_dim, heads, tokens, head_size, head_size * heads,
                 s->begin * row_size);
         return rope_rows(ctx, rows, s->positions, in.freq_factors, &layer->rope);
@@ -267,7 +268,7 @@ int sx_device_rotate(
         const int32_t * delta, int32_t n_rows, int n_threads) {
     bool cast = false;
     for (int l = 0; l < n_layers; ++l) {
-        cast = cast || (layers[l].device == device_index && !rope_takes(layers[l].keys->type));
+        cast = cast || (layers[l].device == device_index && !in_place(&layers[l]));
     }
     const int32_t longest = cast ? CAST_ROWS : n_rows;
     const int32_t n_segments = cut(delta, n_rows, longest, NULL);

@@ -29,7 +29,7 @@ void sx_device_free(struct sx_device * device);
 
 /*
  * Rotate rows r of the keys of all layers on `device` by delta[r] positions. Rows with delta 0 keep their values,
- * up to one more rounding for types that ggml cannot rotate in place (bf16 and the quantised ones).
+ * up to one more rounding where ggml cannot rotate in place (bf16, quantised types, keys mixed by a Hadamard matrix).
  * delta: (n_rows) int32. `layers`: (n_layers), those of other devices are skipped.
  * SX_ERR_MEMORY: nothing changed. SX_ERR_DEVICE: unknown state.
  */

@@ -40,10 +40,10 @@ from selfextend_gguf.errors import (
     UnsupportedModelError,
 )
 from selfextend_gguf.grammar import GrammarSampler, check_grammar
-from selfextend_gguf.kv_cache import flash_attention_helps, warn_of_rounding
+from selfextend_gguf.kv_cache import flash_attention_type, warn_of_rounding
 from selfextend_gguf.memory import can_foresee, check_memory, demand_of
 from selfextend_gguf.model_info import ModelInfo, model_file_error, set_log_level
-from selfextend_gguf.planning import PARAMETERS, check_room, plan, whole_cells
+from selfextend_gguf.planning import PARAMETERS, check_room, plan_if_beyond, whole_cells
 from selfextend_gguf.prompt_cache import (
     CopiedPrompt,
     SavedPrompt,
@@ -139,23 +139,13 @@ class Llama(llama_cpp.Llama):
         with contextlib.ExitStack() as opened:
             info = model_info or opened.enter_context(ModelInfo(model_path, kv_overrides=kwargs.get("kv_overrides")))
             #: Resolved parameters; None while `n_ctx` is within the trained context.
-            self.self_extend: SelfExtendConfig | None = self._plan(info.n_ctx_train)
+            self.self_extend: SelfExtendConfig | None = plan_if_beyond(info.n_ctx_train, n_ctx, **self._plan_arguments)
             if can_foresee(info, kwargs):
                 check_memory(demand_of(info, n_ctx, n_batch, flash_attn=flash_attn, **kwargs))
         self._load(model_path, n_ctx, n_batch, kwargs)
         self._take_texts_as_texts()
         if self._engine is not None and self.self_extend is not None:
             self._extend(self._engine, self.self_extend)
-
-    def _plan(self, n_ctx_train: int) -> SelfExtendConfig | None:
-        """Parameters for the wanted context; None if it needs none, but not before all given ones are right."""
-        is_beyond = self._wanted_n_ctx > n_ctx_train
-        if not is_beyond and all(value is None for value in self._plan_arguments.values()):
-            return None
-        config = plan(
-            n_ctx_train, whole_cells(self._wanted_n_ctx) if is_beyond else n_ctx_train, **self._plan_arguments
-        )
-        return config if is_beyond else None
 
     def _load(self, model_path: str, n_ctx: int, n_batch: int, arguments: dict[str, Any]) -> None:
         """Load weights and make a context."""
@@ -207,13 +197,14 @@ class Llama(llama_cpp.Llama):
             self.self_extend = None
             return
         config = self.self_extend
-        if self._flash_attn is None and flash_attention_helps(
+        params.flash_attn_type = flash_attention_type(
+            model.metadata(),
             params.type_k,
             params.type_v,
             self.n_batch if config is None else config.block_size,
+            wanted=self._flash_attn,
             on_cpu=self.model_params.n_gpu_layers == 0,
-        ):
-            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+        )
         if config is None:
             return
         if params.embeddings:

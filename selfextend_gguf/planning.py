@@ -183,6 +183,16 @@ def plan(
     return numbers.config(n_ctx, size)
 
 
+def plan_if_beyond(n_ctx_train: int, n_ctx: int, **parameters: Any) -> SelfExtendConfig | None:
+    """The plan of a context that llama.cpp makes for `n_ctx` tokens, None within the trained one; but not before all
+    given parameters are right. Raises ConfigError as `plan` does."""
+    if n_ctx > n_ctx_train:
+        return plan(n_ctx_train, whole_cells(n_ctx), **parameters)
+    if any(value is not None for value in parameters.values()):
+        plan(n_ctx_train, n_ctx_train, **parameters)
+    return None
+
+
 def longest_context(n_ctx_train: int, **parameters: Any) -> int:
     """The largest `n_ctx` that `plan` accepts with these parameters, in tokens.
 

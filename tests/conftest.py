@@ -20,7 +20,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from families import FAMILIES, write_family  # noqa: E402
-from helpers import CHAT_TEMPLATE, SHAPES, TOOLS_TEMPLATE  # noqa: E402
+from helpers import CHAT_TEMPLATE, SHAPES, TOOLS_TEMPLATE, with_slow_keys  # noqa: E402
 
 from selfextend_gguf.models import TINY_MODEL  # noqa: E402
 from selfextend_gguf.reference import Reference  # noqa: E402
@@ -39,7 +39,8 @@ BUNDLED = {"bundled": None, "bundled-chat": CHAT_TEMPLATE, "bundled-tools": TOOL
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Path of the F32 model of a name: one of BUNDLED, or random weights in one of SHAPES or FAMILIES."""
+    """Path of the F32 model of a name: one of BUNDLED, or random weights in one of SHAPES or FAMILIES, or "slow-keys":
+    keys that hardly turn (see helpers)."""
     folder = tmp_path_factory.mktemp("models")
 
     @cache
@@ -48,6 +49,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if name in BUNDLED:
             weights = {key: w.astype(np.float32) for key, w in Reference(TINY_MODEL).weights.items()}
             write_llama(path, LlamaShape(), weights, chat_template=BUNDLED[name])
+        elif name == "slow-keys":
+            shape = SHAPES["neox-64"]
+            write_llama(path, shape, with_slow_keys(random_tensors(shape, seed=0), shape))
         elif name in SHAPES:
             write_llama(path, SHAPES[name], random_tensors(SHAPES[name], seed=len(name)))
         else:

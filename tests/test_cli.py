@@ -21,8 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from helpers import SHAPES
 
-from selfextend_gguf import llama as llama_module
-from selfextend_gguf import plan
+from selfextend_gguf import plan, planning
 from selfextend_gguf.cli import main
 from selfextend_gguf.errors import ModelFileError
 from selfextend_gguf.evaluation.bench import write_random_model
@@ -444,7 +443,7 @@ def test_llama_cpps_reason_is_given_when_it_loads_no_model(tmp_path):
 def test_a_run_opens_the_file_twice_and_plans_once(monkeypatch, task):
     """The vocabulary for the prompt's length, then the weights."""
     loaded, planned = [], []
-    load, make_plan = internals.LlamaModel.__init__, llama_module.plan
+    load, make_plan = internals.LlamaModel.__init__, planning.plan
 
     def noted(self, *, path_model, params, verbose=True):
         loaded.append(params.vocab_only)
@@ -455,7 +454,7 @@ def test_a_run_opens_the_file_twice_and_plans_once(monkeypatch, task):
         return make_plan(*arguments, **parameters)
 
     monkeypatch.setattr(internals.LlamaModel, "__init__", noted)
-    monkeypatch.setattr(llama_module, "plan", counted)
+    monkeypatch.setattr(planning, "plan", counted)
     assert invoke("run", MODEL, task.prompt, "-n", "1").exit_code == 0
     assert loaded == [True, False]
     assert planned == [(256, 1280)]

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import EXTENDED, write_family
+from helpers import SHAPES
 
-from selfextend_gguf.kv_cache import KV_TYPES
+from selfextend_gguf.kv_cache import KV_TYPES, is_quantised
 from selfextend_gguf.models import TINY_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +46,21 @@ def test_tokenize(build):
     run(build / "test_tokenize", TINY_MODEL)
 
 
-@pytest.mark.parametrize("program", ["test_layers", "test_engine"])
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("name", ["norm-32", "neox-64"])
-def test_on_a_model(build, model, program, name, kind):
-    run(build / program, model(name), str(KV_TYPES[kind]))
+def test_an_engines_life(build, model, name, kind):
+    run(build / "test_engine", model(name), str(KV_TYPES[kind]))
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "slow-keys"])
+def test_wrong_rotations_are_refused(build, model, name):
+    run(build / "test_layers", model(name), *map(str, KV_TYPES.values()))
+
+
+@pytest.mark.parametrize("family", EXTENDED, ids=lambda family: family.name)
+def test_wrong_rotations_are_refused_in_every_family(build, family, tmp_path):
+    write_family(family, tmp_path / "model.gguf")
+    # llama.cpp keeps heads in whole blocks, and values of latent attention in the type of their keys.
+    takes_blocks = family.key_length % 32 == 0 and "(MLA)" not in family.name
+    kinds = [kind for kind, number in KV_TYPES.items() if takes_blocks or not is_quantised(number)]
+    run(build / "test_layers", tmp_path / "model.gguf", *(str(KV_TYPES[kind]) for kind in kinds))

@@ -12,7 +12,7 @@ import llama_cpp
 from selfextend_gguf.errors import UnknownModelError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
-from selfextend_gguf.planning import PARAMETERS, default_context, plan, whole_cells
+from selfextend_gguf.planning import PARAMETERS, default_context, plan_if_beyond, whole_cells
 from selfextend_gguf.prompt import chat_formatter
 from selfextend_gguf.server.kept_prompts import KeptPrompts, RememberingLlama
 from selfextend_gguf.server.work import current_work, stop_if_unwanted
@@ -38,7 +38,7 @@ class ServedModel:
         info = ModelInfo(path, verbose=arguments["verbose"])
         parameters = {name: arguments[name] for name in PARAMETERS}
         n_ctx = whole_cells(ctx or default_context(info.n_ctx_train, **parameters))
-        plan(info.n_ctx_train, n_ctx, **parameters)
+        plan_if_beyond(info.n_ctx_train, n_ctx, **parameters)
         formatter = TextFormatter(chat_formatter(info), info.tokenizer) if info.chat_template else None
         return cls(alias, info, n_ctx, formatter, arguments, keep)
 
