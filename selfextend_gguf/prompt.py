@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any
 
 import jinja2
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-from llama_cpp.llama_types import ChatCompletionRequestMessage
 
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.model_info import ModelInfo
@@ -63,7 +62,10 @@ def render_chat(info: ModelInfo, messages: Sequence[Message], *, special: bool =
     Special tokens are those of the template; with `special` also such as the messages spell. Raises ConfigError when
     the model has no template or its template fails.
     """
-    marked, marks = (list(messages), NO_MARKS) if special else info.tokenizer.mark(list(messages))
+    marked: Any = list(messages)
+    marks = NO_MARKS
+    if not special:
+        marked, marks = info.tokenizer.mark(marked)
     formatter = chat_formatter(info)
     try:
         rendered = formatter(messages=marked)
