@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -250,22 +250,21 @@ class Llama(llama_cpp.Llama):
         """The tokenizer of this model."""
         return self.tokenizer_
 
-    def _create_completion(
-        self, prompt: str | list[int], stop: str | list[str] | None = None, **kwargs: Any
-    ) -> Iterator[Any]:
+    def _create_completion(self, prompt: str | list[int], *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
         """As the parent's, which never stops at control tokens, since they spell nothing, and puts BOS before a prompt
         that begins with it."""
-        tokenizer = self.tokenizer_
-        spelled: frozenset[int] = frozenset()
-        if isinstance(tokenizer, Tokenizer):
-            spelled = tokenizer.spelled_in([stop] if isinstance(stop, str) else stop or [])
+        tokenizer, stop = self.tokenizer_, kwargs.get("stop") or []
+        if not isinstance(tokenizer, Tokenizer):
+            yield from super()._create_completion(prompt, *args, **kwargs)
+            return
+        spelled = tokenizer.spelled_in([stop] if isinstance(stop, str) else stop)
         if isinstance(prompt, str):
             encode(prompt)  # where it fails, it fails with an error of ours
-            if isinstance(tokenizer, Tokenizer) and kwargs.get("suffix") is None:
-                prompt = tokenizer.without_bos(prompt)
-        with contextlib.closing(super()._create_completion(prompt=prompt, stop=stop, **kwargs)) as chunks:
+            prompt = prompt if kwargs.get("suffix") is not None else tokenizer.without_bos(prompt)
+        chunks = cast("Generator[Any, None, None]", super()._create_completion(prompt, *args, **kwargs))
+        with contextlib.closing(chunks):
             while True:
-                with tokenizer.spelling(spelled) if spelled else contextlib.nullcontext():
+                with tokenizer.spelling(spelled):
                     chunk = next(chunks, None)
                 if chunk is None:
                     return

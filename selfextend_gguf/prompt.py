@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jinja2
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -61,7 +62,10 @@ def render_chat(info: ModelInfo, messages: Sequence[Message], *, special: bool =
     Special tokens are those of the template; with `special` also such as the messages spell. Raises ConfigError when
     the model has no template or its template fails.
     """
-    marked, marks = (list(messages), NO_MARKS) if special else info.tokenizer.mark(list(messages))
+    marked: Any = list(messages)
+    marks = NO_MARKS
+    if not special:
+        marked, marks = info.tokenizer.mark(marked)
     formatter = chat_formatter(info)
     try:
         rendered = formatter(messages=marked)

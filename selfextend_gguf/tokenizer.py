@@ -326,10 +326,10 @@ class Tokenizer(BaseLlamaTokenizer):
             raise TextError(f"{token} is no token of the model (0 to {self._model.n_vocab() - 1})")
         size = 32
         while True:
-            buffer = (ctypes.c_char * size)()
+            buffer = ctypes.create_string_buffer(size)
             n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
             if n >= 0:
-                return bytes(buffer[:n])
+                return buffer.raw[:n]
             size = -n
 
     def spelled_in(self, stop: Sequence[str]) -> frozenset[int]:
