@@ -152,7 +152,7 @@ llm.tokenize(open({str(text)!r}, "rb").read())
         assert done.returncode < 0
 
 
-FULL = "Error: Requested tokens (40001) exceed context window of 512"
+FULL = r"Error: Requested tokens \(4000\d\) exceed context window of 512"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_commands_survive_a_long_run(hostile, arguments, code, last_line):
     names = {"MODEL": model, "TEXT": text}
     returned, lines = run_command(*(names.get(a, a) for a in arguments))
     assert returned == code, lines
-    assert lines[-1].startswith(last_line.replace("TEXT", text)), lines
+    assert re.match(last_line.replace("TEXT", re.escape(text)), lines[-1]), lines
 
 
 def test_the_server_survives_a_long_run(write, hostile):
