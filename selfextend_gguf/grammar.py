@@ -1,24 +1,22 @@
-"""Grammars checked before and while llama.cpp follows them: what it cannot follow ends the process there."""
+"""Grammars and JSON schemas, checked before and while a text follows them."""
 
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 from typing import Any
 
 import llama_cpp
 import llama_cpp._internals as internals
 import numpy as np
-from llama_cpp.llama_grammar import json_schema_to_gbnf
+import numpy.typing as npt
+from llguidance import LLMatcher
 
 from selfextend_gguf.errors import GrammarError
 
-# llama.cpp's parser recurses into parentheses: some thousands overflow a thread's stack.
+# What llama.cpp cannot follow ends the process. Its parser recurses into parentheses: some thousands overflow a stack.
 _DEEPEST = 256
 _LITERAL = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*')
-# llama-cpp-python writes repetitions out: a billion would take all memory.
-_MANY = re.compile(r'"(?:min|max)(?:Items|Length)": \d{5,}|\{(?:\d*,)?\d{5,}[,}]')
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -38,18 +36,6 @@ def check_grammar(vocab: llama_cpp.llama_vocab_p, grammar: str, root: str = "roo
     llama_cpp.llama_sampler_free(sampler)
 
 
-def schema_grammar(schema: Any) -> str:
-    """The grammar of a JSON schema, given as an object. Raises GrammarError for what cannot be expressed."""
-    text = json.dumps(schema)
-    if _MANY.search(text):
-        raise GrammarError("the JSON schema asks for 10000 repetitions or more, which is too many for a grammar")
-    try:
-        grammar: str = json_schema_to_gbnf(text)
-    except (Exception, RecursionError) as error:  # it fails in any way on what it does not expect
-        raise GrammarError(f"the JSON schema cannot be made a grammar: {error or type(error).__name__}") from error
-    return grammar
-
-
 class GrammarSampler:
     """A sampler with a grammar, in place of llama_cpp's: raises where no token continues the text."""
 
@@ -59,19 +45,50 @@ class GrammarSampler:
 
     def sample(self, ctx: internals.LlamaContext, idx: int = -1) -> int:
         """As `llama_sampler_sample`. Raises GrammarError instead of accepting a token that the grammar forbids."""
-        logits = llama_cpp.llama_get_logits_ith(ctx.ctx, idx)
-        candidates = np.zeros(self._n_vocab, _TOKEN_DATA)
-        candidates["id"] = np.arange(self._n_vocab)
-        candidates["logit"] = np.ctypeslib.as_array(logits, (self._n_vocab,))
-        array = llama_cpp.llama_token_data_array(
-            data=candidates.ctypes.data_as(llama_cpp.llama_token_data_p),
-            size=self._n_vocab,
-            selected=-1,
-            sorted=False,
-        )
-        llama_cpp.llama_sampler_apply(self._sampler.sampler, ctypes.byref(array))
-        chosen = array.data[array.selected] if array.selected >= 0 else None
-        if chosen is None or not chosen.logit > -np.inf:
+        token = _chosen(self._sampler, _candidates(ctx, idx, self._n_vocab))
+        if token is None:
             raise GrammarError("the grammar allows no token here")
-        llama_cpp.llama_sampler_accept(self._sampler.sampler, chosen.id)
-        return int(chosen.id)
+        llama_cpp.llama_sampler_accept(self._sampler.sampler, token)
+        return token
+
+
+class SchemaSampler:
+    """A sampler that keeps to a JSON schema: the tokens that do not fit it never reach llama.cpp's samplers."""
+
+    def __init__(self, sampler: internals.LlamaSampler, following: LLMatcher, n_vocab: int) -> None:
+        self._sampler = sampler
+        self._following = following
+        self._n_vocab = n_vocab
+
+    def sample(self, ctx: internals.LlamaContext, idx: int = -1) -> int:
+        """As `llama_sampler_sample`. Raises GrammarError where no token continues a text that fits the schema."""
+        bits = np.frombuffer(self._following.compute_bitmask(), np.uint8)
+        fits = np.unpackbits(bits, count=self._n_vocab, bitorder="little").astype(bool)
+        candidates = _candidates(ctx, idx, self._n_vocab)
+        candidates["logit"][~fits] = -np.inf
+        token = None if self._following.is_error() else _chosen(self._sampler, candidates)
+        if token is None or not fits[token] or not self._following.consume_token(token):
+            raise GrammarError(f"the JSON schema allows no token here {self._following.get_error():.200}".rstrip())
+        llama_cpp.llama_sampler_accept(self._sampler.sampler, token)
+        return token
+
+
+def _candidates(ctx: internals.LlamaContext, idx: int, n_vocab: int) -> npt.NDArray[Any]:
+    """All tokens with their logits."""
+    candidates = np.zeros(n_vocab, _TOKEN_DATA)
+    candidates["id"] = np.arange(n_vocab)
+    candidates["logit"] = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx.ctx, idx), (n_vocab,))
+    return candidates
+
+
+def _chosen(sampler: internals.LlamaSampler, candidates: npt.NDArray[Any]) -> int | None:
+    """The token that a sampler chooses; None if all are forbidden."""
+    array = llama_cpp.llama_token_data_array(
+        data=candidates.ctypes.data_as(llama_cpp.llama_token_data_p),
+        size=len(candidates),
+        selected=-1,
+        sorted=False,
+    )
+    llama_cpp.llama_sampler_apply(sampler.sampler, ctypes.byref(array))
+    chosen = array.data[array.selected] if array.selected >= 0 else None
+    return int(chosen.id) if chosen is not None and chosen.logit > -np.inf else None

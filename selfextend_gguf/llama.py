@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import json
 import os
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from llama_cpp.llama import LlamaState
 from llama_cpp.llama_chat_format import LlamaChatCompletionHandlerNotFoundException, get_chat_completion_handler
 from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.llama_tokenizer import LlamaTokenizer
+from llguidance import LLTokenizer
 
 from selfextend_gguf._native import (
     EVAL_CALLBACK,
@@ -27,6 +30,7 @@ from selfextend_gguf._native import (
     raise_interrupt,
     schedule_step,
 )
+from selfextend_gguf.chat_schemas import SchemaGrammar, json_format, wanted_schemas
 from selfextend_gguf.context import SelfExtendContext
 from selfextend_gguf.drafting import StepLimitedDraft
 from selfextend_gguf.errors import (
@@ -39,7 +43,8 @@ from selfextend_gguf.errors import (
     UnknownArgumentError,
     UnsupportedModelError,
 )
-from selfextend_gguf.grammar import GrammarSampler, check_grammar
+from selfextend_gguf.grammar import GrammarSampler, SchemaSampler, check_grammar
+from selfextend_gguf.json_schema.forms import form, matcher, vocabulary
 from selfextend_gguf.kv_cache import flash_attention_type, warn_of_rounding
 from selfextend_gguf.memory import can_foresee, check_memory, demand_of
 from selfextend_gguf.model_info import ModelInfo, model_file_error, set_log_level
@@ -325,13 +330,39 @@ class Llama(llama_cpp.Llama):
         self.n_tokens = end
         self._requires_eval = False
 
-    def _init_sampler(self, *args: Any, **kwargs: Any) -> LlamaSampler | GrammarSampler:
-        """Raises GrammarError for a grammar that would end the process."""
-        grammar: LlamaGrammar | None = kwargs.get("grammar")
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As `llama_cpp.Llama.create_chat_completion`; an answer that has to fit a JSON schema does.
+
+        `response_format` may have type "json_schema", as in OpenAI's API. Raises GrammarError for schemas that cannot
+        be kept.
+        """
+        if "response_format" in kwargs:
+            kwargs["response_format"] = json_format(kwargs["response_format"])
+        asked = ("response_format", "tools", "tool_choice", "functions", "function_call")
+        for schema in wanted_schemas(**{name: kwargs.get(name) for name in asked}):
+            form(schema)  # before anything is read
+        return super().create_chat_completion(*args, **kwargs)
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> LlamaSampler | GrammarSampler | SchemaSampler:
+        """Raises GrammarError for a schema that cannot be kept, and for a grammar that would end the process."""
+        grammar: LlamaGrammar | None = kwargs.pop("grammar", None)
+        if isinstance(grammar, SchemaGrammar):
+            following = matcher(form(json.loads(grammar.schema)), self._spelling)
+            return SchemaSampler(super()._init_sampler(*args, **kwargs), following, self._n_vocab)
         if grammar is not None:
             check_grammar(self._model.vocab, grammar._grammar, grammar._root)
+            kwargs["grammar"] = grammar
         sampler: LlamaSampler = super()._init_sampler(*args, **kwargs)
         return sampler if grammar is None else GrammarSampler(sampler, self._n_vocab)
+
+    @functools.cached_property
+    def _spelling(self) -> LLTokenizer:
+        """What the tokens spell, for texts that fit a JSON schema."""
+        tokenizer, tokens = self.tokenizer_, range(self._n_vocab)
+        ends = [token for token in tokens if llama_cpp.llama_vocab_is_eog(self._model.vocab, token)]
+        # Strings that end an answer may spell control tokens, which are no part of it all the same.
+        with tokenizer.spelling(frozenset()) if isinstance(tokenizer, Tokenizer) else contextlib.nullcontext():
+            return vocabulary([self.detokenize([token]) for token in tokens], ends)
 
     # ---- Self-Extend's own -----------------------------------------------------------------------------------
 

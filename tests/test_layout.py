@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["errors", "atomic_file", "models", "drafting"],
     ["tiny", "schedule"],
-    ["planning", "kv_cache", "reference", "grammar"],
+    ["planning", "kv_cache", "reference", "grammar", "json_schema", "chat_schemas"],
     ["_native"],
     ["tokenizer", "model_info", "context", "prompt_cache"],
     ["memory", "prompt"],

@@ -334,8 +334,8 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
         ("chat/completions", CHAT | {"tool_choice": "required"}, 400, '"required" without tools'),
         ("chat/completions", CHAT | {"tools": [TOOL], "tool_choice": OTHER}, 400, "'x', which is not among"),
         ("chat/completions", CHAT | {"tools": [TOOL], "tool_choice": NAMED, "grammar": "a"}, 400, "only one of"),
-        ("chat/completions", CHAT | {"response_format": BAD_SCHEMA}, 400, "the JSON schema cannot be made a grammar"),
-        ("chat/completions", CHAT | {"response_format": HUGE_SCHEMA}, 400, "too many for a grammar"),
+        ("chat/completions", CHAT | {"response_format": BAD_SCHEMA}, 400, "the JSON schema cannot be kept at #/type"),
+        ("chat/completions", CHAT | {"response_format": HUGE_SCHEMA}, 400, "no whole number from 0 to 1000000"),
         ("chat/completions", CHAT | {"response_format": {"type": "json_schema"}}, 400, "schema is missing"),
     ],
 )  # fmt: skip

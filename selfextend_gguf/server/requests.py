@@ -10,8 +10,10 @@ from llama_cpp.llama_types import ChatCompletionRequestMessage
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from selfextend_gguf.chat_schemas import called_tool, json_format, tool_named, wanted_schemas
 from selfextend_gguf.errors import ConfigError, ContextFullError, GrammarError
-from selfextend_gguf.grammar import check_grammar, schema_grammar
+from selfextend_gguf.grammar import check_grammar
+from selfextend_gguf.json_schema.forms import form
 from selfextend_gguf.server.models import ServedModel
 
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -89,9 +91,9 @@ class CompletionRequest(Request, CreateCompletionRequest):
         """The prompt's tokens; special ones are recognised, since whoever needs a template writes it here."""
         return model.info.tokenizer.tokens(self.prompt, special=True)
 
-    def grammars(self) -> list[str]:
-        """The grammars that are asked for."""
-        return [] if self.grammar is None else [self.grammar]
+    def schemas(self) -> list[Any]:
+        """The JSON schemas that the answer has to fit."""
+        return []
 
 
 class ChatRequest(Request, CreateChatCompletionRequest):
@@ -117,10 +119,7 @@ class ChatRequest(Request, CreateChatCompletionRequest):
             values["messages"] = [_as_plain_text(m) if isinstance(m, dict) else m for m in messages]
         wanted = values.get("response_format")
         if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
-            schema = wanted.get("json_schema")
-            if not isinstance(schema, dict) or "schema" not in schema:
-                raise ValueError("response_format.json_schema.schema is missing")
-            values["response_format"] = {"type": "json_object", "schema": schema["schema"]}
+            values["response_format"] = json_format(wanted)
         tools = values.get("tools")
         if values.get("tool_choice") == "required" and isinstance(tools, list):
             if len(tools) != 1:
@@ -131,10 +130,10 @@ class ChatRequest(Request, CreateChatCompletionRequest):
     @model_validator(mode="after")
     def _refuse_what_would_be_ignored(self) -> ChatRequest:
         _refuse_what_both_would_ignore(self)
-        choice = self._called
-        if choice is not None and self._schema_of(choice) is None:
-            raise ValueError(f"tool_choice names {choice!r}, which is not among the tools")
-        if len(self._wanted_forms) > 1:
+        called = self._called
+        if called is not None and tool_named(called, self.tools, self.functions) is None:
+            raise ValueError(f"tool_choice names {called!r}, which is not among the tools")
+        if len(self.schemas()) + (self.grammar is not None) > 1:
             raise ValueError("only one of grammar, response_format and a tool to call can give the form of the answer")
         if isinstance(self.tool_choice, str) and self.tool_choice == "required":
             raise ValueError('tool_choice "required" without tools')
@@ -143,27 +142,17 @@ class ChatRequest(Request, CreateChatCompletionRequest):
     @property
     def _called(self) -> str | None:
         """Name of the tool that must be called."""
-        choice: Any = self.function_call or self.tool_choice
-        return None if not isinstance(choice, dict) else choice.get("function", choice)["name"]
+        return called_tool(self.tool_choice, self.function_call)
 
-    def _schema_of(self, name: str) -> Any:
-        functions: list[Any] = [tool["function"] for tool in self.tools or []] + (self.functions or [])
-        return next((f["parameters"] for f in functions if f["name"] == name), None)
-
-    @property
-    def _wanted_forms(self) -> list[Any]:
-        called = self._called
-        wanted: Any = self.response_format or {}
-        json_form = wanted if wanted.get("type") == "json_object" else None
-        return [form for form in (self.grammar, json_form, called) if form is not None]
-
-    def grammars(self) -> list[str]:
-        """The grammars that are asked for. Raises GrammarError."""
-        wanted: Any = self.response_format or {}
-        called = self._called
-        schemas = [wanted["schema"]] if "schema" in wanted else []
-        schemas += [] if called is None else [self._schema_of(called)]
-        return [schema_grammar(s) for s in schemas] + ([] if self.grammar is None else [self.grammar])
+    def schemas(self) -> list[Any]:
+        """The JSON schemas that the answer has to fit. Raises GrammarError."""
+        return wanted_schemas(
+            response_format=self.response_format,
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+            functions=self.functions,
+            function_call=self.function_call,
+        )
 
     def tokens(self, model: ServedModel) -> list[int]:
         """The tokens of the messages in the model's chat template. Raises ConfigError."""
@@ -219,10 +208,13 @@ def check_request(body: CompletionRequest | ChatRequest, model: ServedModel) -> 
         for token in body.logit_bias:
             if not (token.isascii() and token.isdigit() and int(token) < n_vocab):
                 raise ConfigError(f"logit_bias has {token!r}, which is no token of the model (0 to {n_vocab - 1})")
-    for grammar in body.grammars():
-        check_grammar(model.info.model.vocab, grammar)
-        if body.min_tokens:
-            raise GrammarError("min_tokens cannot be combined with a grammar, which alone says where an answer may end")
+    schemas = body.schemas()
+    for schema in schemas:
+        form(schema)
+    if body.grammar is not None:
+        check_grammar(model.info.model.vocab, body.grammar)
+    if body.min_tokens and (schemas or body.grammar is not None):
+        raise GrammarError("min_tokens cannot be combined with a grammar, which alone says where an answer may end")
     n_prompt = len(body.tokens(model))
     if n_prompt == 0:
         raise ConfigError("the prompt is empty")

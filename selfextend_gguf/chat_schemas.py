@@ -1,0 +1,99 @@
+"""The JSON schemas that chats ask for, and how they come through llama_cpp's chat formats."""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+from typing import Any
+
+from llama_cpp import llama_chat_format
+from llama_cpp.llama_grammar import JSON_GBNF, LlamaGrammar, json_schema_to_gbnf
+
+from selfextend_gguf.errors import GrammarError
+
+_ANY_OBJECT = {"type": "object"}
+
+
+def json_format(response_format: Any) -> dict[str, Any] | None:
+    """A `response_format` of OpenAI's API as llama_cpp knows it; None for plain text. Raises GrammarError."""
+    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    if response_format is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return dict(response_format)
+    if kind != "json_schema":
+        raise GrammarError("response_format.type must be text, json_object or json_schema")
+    wanted = response_format.get("json_schema")
+    if not isinstance(wanted, dict) or "schema" not in wanted:
+        raise GrammarError("response_format.json_schema.schema is missing")
+    return {"type": "json_object", "schema": wanted["schema"]}
+
+
+def called_tool(tool_choice: Any, function_call: Any) -> str | None:
+    """Name of the tool that must be called."""
+    choice = function_call or tool_choice
+    return choice.get("function", choice)["name"] if isinstance(choice, dict) else None
+
+
+def tool_named(name: str, tools: Any, functions: Any) -> dict[str, Any] | None:
+    """A tool's name, description and parameters."""
+    known = [tool["function"] for tool in tools or []] + list(functions or [])
+    return next((function for function in known if function["name"] == name), None)
+
+
+def wanted_schemas(
+    *, response_format: Any, tools: Any, tool_choice: Any, functions: Any, function_call: Any
+) -> list[Any]:
+    """The schemas that an answer has to fit: of the response format, of a tool that must be called.
+
+    Raises GrammarError for a tool without parameters.
+    """
+    schemas = []
+    if isinstance(response_format, dict) and response_format["type"] == "json_object":
+        schemas.append(response_format.get("schema", _ANY_OBJECT))
+    name = called_tool(tool_choice, function_call)
+    tool = None if name is None else tool_named(name, tools, functions)
+    if tool is not None:
+        if "parameters" not in tool:
+            raise GrammarError(f"the tool {name!r} has no parameters")
+        schemas.append(tool["parameters"])
+    return schemas
+
+
+class _Schema(str):
+    """A JSON schema where llama_cpp has the text of a grammar."""
+
+
+class SchemaGrammar(LlamaGrammar):
+    """A JSON schema where llama_cpp has a grammar; our `Llama` keeps to the schema itself."""
+
+    def __init__(self, schema: str) -> None:
+        self.schema = schema  # JSON
+        self._root = "root"
+
+    @classmethod
+    def from_json_schema(cls, json_schema: str, verbose: bool = True) -> SchemaGrammar:
+        """A grammar for any schema: whether it can be kept is seen when it is used."""
+        return cls(json_schema)
+
+    @classmethod
+    def from_string(cls, grammar: str, verbose: bool = True) -> LlamaGrammar:
+        """As llama_cpp's, if it is the text of a grammar."""
+        return cls(grammar) if isinstance(grammar, _Schema) else LlamaGrammar.from_string(grammar, verbose)
+
+    @functools.cached_property
+    def _grammar(self) -> str:  # type: ignore[override]
+        """The grammar that llama_cpp would have made, for its own `Llama`."""
+        try:
+            return str(JSON_GBNF if isinstance(self.schema, _Schema) else json_schema_to_gbnf(self.schema))
+        except Exception:  # as its chat formats do
+            return str(JSON_GBNF)
+
+
+# llama_cpp's converter leaves out what it does not know of a schema, and its strings break lines. Its chat formats find
+# schemas in place of grammars here, so that it is only asked where llama_cpp's own `Llama` is to follow them.
+_grammars = types.SimpleNamespace(
+    LlamaGrammar=SchemaGrammar, JSON_GBNF=_Schema(json.dumps(_ANY_OBJECT)), json_schema_to_gbnf=_Schema
+)
+setattr(llama_chat_format, "llama_grammar", _grammars)  # noqa: B010  # mypy: the name is not exported
