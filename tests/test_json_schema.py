@@ -307,6 +307,7 @@ def test_what_is_no_json(value):
         ("^*", "without anything to repeat"),
         ("a{,3}", "brace that is no quantifier"),
         ("a{99999}", "more than 9999 repetitions"),
+        ("a{" + "9" * 5000 + "}", "brace that is no quantifier"),
         ("[]", "empty character class"),
         ("[a", "class without an end"),
         ("[z-a]", "range that is none"),

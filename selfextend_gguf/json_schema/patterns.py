@@ -13,7 +13,6 @@ from selfextend_gguf.errors import GrammarError
 
 _SPACES = "\t\n\x0b\x0c\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
-
 # What classes and the dot stand for, as insides of a character class: for ECMA 262, Python and others alike ...
 _CERTAIN = {"d": "0-9", "w": "0-9A-Z_a-z", "s": _SPACES, "line end": "\n\r\u2028\u2029"}
 # ... and for at least one of them.
@@ -25,7 +24,7 @@ _POSSIBLE = {
 }
 
 _CONTROLS = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
-_QUANTIFIER = re.compile(r"[*+?]|\{([0-9]+)(?:,([0-9]*))?\}")
+_QUANTIFIER = re.compile(r"[*+?]|\{([0-9]{1,9})(?:,([0-9]{0,9}))?\}")
 _CODE = re.compile(r"u\{([0-9A-Fa-f]{1,6})\}|u([0-9A-Fa-f]{4})|x([0-9A-Fa-f]{2})")
 _PROPERTY = re.compile(r"[pP]\{[A-Za-z_=]+\}")
 _GROUP = re.compile(r"\((?:\?:|\?<[A-Za-z_][A-Za-z0-9_]*>)?(?!\?)")
