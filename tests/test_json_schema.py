@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -19,9 +20,11 @@ from jsonschema import Draft202012Validator
 
 from selfextend_gguf import Llama
 from selfextend_gguf.errors import GrammarError
+from selfextend_gguf.json_schema import formats, rewriting
 from selfextend_gguf.json_schema.forms import byte_vocabulary, form, matcher
 from selfextend_gguf.models import TINY_MODEL
 
+DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "json-schema.md").read_text(encoding="utf-8")
 END = 256
 CLOSING = (*b'"]}', END)
 # More by the environment: SX_SCHEMAS=2000 pytest tests/test_json_schema.py -k random
@@ -411,6 +414,19 @@ def test_schemas_nested_without_end():
     schema["items"] = schema
     with pytest.raises(GrammarError, match="Circular reference"):
         form(schema)
+
+
+# ---- the document --------------------------------------------------------------------------------------------
+
+
+def test_the_document_names_every_keyword_and_format():
+    kept, refused = DOCUMENT.split("Everything else that constrains")
+    for name in (*rewriting._Rewriting()._keywords, *formats.KEPT_FORMATS, *formats.PATTERNS):
+        assert f"`{name}`" in kept, name
+    for name in rewriting._UNSUPPORTED:
+        assert f"`{name}`" in refused, name
+    assert f"{len(KEPT) + len(REFUSED)} cases" in refused
+    assert f"{len(KEPT)} are kept and {len(REFUSED)} refused" in refused
 
 
 # ---- doors ---------------------------------------------------------------------------------------------------

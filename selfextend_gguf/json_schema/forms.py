@@ -12,8 +12,6 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from selfextend_gguf.errors import GrammarError
 from selfextend_gguf.json_schema.rewriting import MOST_SCHEMAS, rewritten, schemas_in
 
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
-
 _LONGEST = 2**18  # bytes
 _MOST_TRIES = 100  # to find the place of a problem
 _LONGEST_PROBLEM = 300  # characters
@@ -41,9 +39,9 @@ def form(schema: Any) -> str:
     return _grammar(kept)
 
 
-def matcher(form: str, vocabulary: LLTokenizer) -> LLMatcher:
+def matcher(kept: str, tokens: LLTokenizer) -> LLMatcher:
     """What follows a text under a form, token by token. It does not raise: ask its `is_error`."""
-    return LLMatcher(vocabulary, form, log_level=0, limits=_LIMITS)
+    return LLMatcher(tokens, kept, log_level=0, limits=_LIMITS)
 
 
 def vocabulary(pieces: Sequence[bytes], end_tokens: Sequence[int]) -> LLTokenizer:
