@@ -151,9 +151,17 @@ def outcomes(vocabulary: Path, who: str, cases: Sequence[tuple[str, int]], limit
             failure = ""
             while len(done) < len(cases) and not failure:
                 line, is_late = _next_line(process, limit)
-                failure = "" if line else "slow" if is_late else f"signal {-process.wait()}"
+                failure = "" if line else "slow" if is_late else _signal(process)
                 done.append(Outcome(*cases[len(done)], **json.loads(line or "{}") or {"failure": failure}))
     return done
+
+
+def _signal(process: subprocess.Popen[str]) -> str:
+    """The signal that ended a process."""
+    code = process.wait()
+    if code >= 0:
+        raise RuntimeError(f"a process ended with code {code} before its work was done")
+    return f"signal {-code}"
 
 
 def _next_line(process: subprocess.Popen[str], limit: float) -> tuple[str, bool]:
