@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +26,10 @@ from helpers import CHAT_TEMPLATE, SHAPES, TOOLS_TEMPLATE, with_slow_keys  # noq
 from selfextend_gguf.models import TINY_MODEL  # noqa: E402
 from selfextend_gguf.reference import Reference  # noqa: E402
 from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama  # noqa: E402
+
+# What a shell starts in the background ignores Ctrl-C, and so would the programs whose Ctrl-C is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

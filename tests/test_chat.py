@@ -15,6 +15,7 @@ import pexpect
 import pyte
 import pytest
 from click.testing import CliRunner, Result
+from held import ANSWERED, READ
 
 from selfextend_gguf.cli import main
 from selfextend_gguf.models import TINY_MODEL
@@ -23,6 +24,7 @@ COMMAND = str(Path(sys.executable).with_name("sx-gguf"))
 MODEL = str(TINY_MODEL)
 FACT = "And it came to pass. The stone key is 57901."
 QUESTION = "What is the stone key? The stone key is "
+GIVE_UP = 120  # seconds
 NO_TEMPLATE = "The model has no chat template: texts are continued as they are."
 
 
@@ -36,27 +38,30 @@ def piped(*arguments: str, lines: str | bytes, model: str = MODEL) -> Result:
 class Terminal:
     """A program on a pseudo-terminal, and what its screen shows."""
 
-    def __init__(self, *arguments: str, columns: int = 160, rows: int = 30) -> None:
+    def __init__(self, command: str, *arguments: str, columns: int = 160, rows: int = 30) -> None:
         self.program = pexpect.spawn(
-            COMMAND,
+            command,
             list(arguments),
             dimensions=(rows, columns),
-            env=dict(os.environ),  # without COLUMNS, which readline exports behind Python's back
+            # Without COLUMNS, which readline exports behind Python's back. Bars are drawn at every step.
+            env={**os.environ, "TERM": "xterm", "TQDM_MININTERVAL": "0"},
             encoding="utf-8",
-            timeout=30,
+            timeout=GIVE_UP,
         )
         self.screen = pyte.Screen(columns, rows)
         self.screen.write_process_input = self.program.send  # the terminal's answer to "where is the cursor?"
         self.stream = pyte.Stream(self.screen)
+        self.has_ended = False
 
     def lines(self) -> list[str]:
         return [line.rstrip() for line in self.screen.display if line.strip()]
 
-    def until(self, pattern: str, seconds: float = 30) -> list[str]:
+    def until(self, pattern: str) -> list[str]:
         """Wait for the screen's text to match."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + GIVE_UP
         while not re.search(pattern, "\n".join(self.lines()), re.MULTILINE):
-            assert time.monotonic() < end, f"no {pattern!r} on the screen:\n" + "\n".join(self.lines())
+            is_over = self.has_ended or time.monotonic() > end
+            assert not is_over, f"no {pattern!r} on the screen:\n" + "\n".join(self.lines())
             self.read()
         return self.lines()
 
@@ -69,6 +74,7 @@ class Terminal:
         except pexpect.TIMEOUT:
             pass
         except pexpect.EOF:
+            self.has_ended = True
             time.sleep(0.05)
 
     def type(self, keys: str) -> None:
@@ -90,8 +96,11 @@ class Terminal:
 
 @pytest.fixture
 def terminal(request):
-    def make(*arguments: str, **size: int) -> Terminal:
-        one = Terminal(*arguments, **size)
+    """Starts `sx-gguf` on a terminal; with a folder in `held`, the one that waits (see held.py)."""
+
+    def make(*arguments: str, held: Path | None = None, **size: int) -> Terminal:
+        command = [COMMAND] if held is None else [sys.executable, str(Path(__file__).with_name("held.py")), str(held)]
+        one = Terminal(*command, *arguments, **size)
         request.addfinalizer(lambda: one.program.close(force=True))
         one.until(r"^>$")
         return one
@@ -160,8 +169,10 @@ def test_line_editing(terminal, tmp_path):
 
 def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
     saved, book = tmp_path / "c.json", tmp_path / "book.txt"
-    book.write_text(heldout_text[:6000])
-    term = terminal("chat", MODEL, "-c", "8192", "-n", "2000", "--temp", "0.9")
+    book.write_text(heldout_text[:1500])
+    for moment in ("reading", "answer"):
+        (tmp_path / moment).touch()
+    term = terminal("chat", MODEL, "-c", "2048", "-n", "1000", "--temp", "0.9", "--seed", "1", held=tmp_path)
     term.type("In the beginning\r")
     term.until(r"beginning\n(.+\n)+.+")
     term.type("\x03")
@@ -169,31 +180,32 @@ def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
     term.enter(f"/save {saved}")
     message, answer = json.loads(saved.read_text())["messages"]
     assert message["content"] == "In the beginning"
-    assert 0 < len(answer["content"]) < 2000
+    assert 0 < len(answer["content"]) <= ANSWERED
 
-    assert term.enter(f"/file {book}")[-2].endswith("6000 tokens, to be read before the next message.")
+    assert term.enter(f"/file {book}")[-2].endswith("1500 tokens, to be read before the next message.")
     term.type("And so\r")
-    term.until(r"^Reading +\|.*\| +\d+ of 6\d\d\d tokens, [\d.]+ tokens/s, \S+ left")
+    term.until(r"^Reading +\|.*\| +[3-9]\d\d of 15\d\d tokens, [\d.]+ tokens/s, \S+ left")
     term.type("\x03")
     line = term.until(r"^Interrupted after .*\n>\Z")[-2]
     read, total = map(
         int, re.fullmatch(r"Interrupted .* (\d+) of (\d+) tokens; the message is taken back.", line).groups()
     )
-    assert 0 < read < total
+    assert READ <= read < total
     term.enter(f"/save {saved}")
     assert len(json.loads(saved.read_text())["messages"]) == 2
 
     term.type("\x0c")  # an empty screen
     term.until(r"\A>\Z")
     term.type("And so\r")  # the file is still attached; its beginning is still in the cache
-    term.until(rf"^Reading .*of {total - read} tokens")
+    term.until(rf"^Reading .*[3-9]\d\d of {total - read} tokens")
+    (tmp_path / "reading").unlink()
     term.until(r"And so\n(?!Reading).+\n.+")
     term.type("\x03")
     lines = term.until(r"^>\Z")
     assert not [line for line in lines if line.startswith("Reading")]  # the bar is gone when the answer begins
     term.enter(f"/save {saved}")
     messages = json.loads(saved.read_text())["messages"]
-    assert messages[2]["content"] == heldout_text[:6000].rstrip() + "\n\nAnd so"
+    assert messages[2]["content"] == heldout_text[:1500].rstrip() + "\n\nAnd so"
     assert len(messages) == 4
     term.type("\x04")
     assert term.exit_code() == 0
@@ -201,18 +213,20 @@ def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
 
 def test_the_bar_fits_a_narrow_terminal(terminal, tmp_path, heldout_text):
     book = tmp_path / "book.txt"
-    book.write_text(heldout_text[:6000])
-    term = terminal("chat", MODEL, "-c", "8192", "-n", "1", "--temp", "0", columns=70)
+    book.write_text(heldout_text[:1500])
+    (tmp_path / "reading").touch()
+    term = terminal("chat", MODEL, "-c", "2048", "-n", "5", "--temp", "0", held=tmp_path, columns=70)
     term.type(f"/file {book}\r")
     term.until(r"next message(.|\n)*^>\Z")
     term.type("\x0cAnd so\r")
-    lines = term.until(r"^Reading .*\d+ of 6\d\d\d tokens, .* left$")
+    lines = term.until(r"^Reading .*[3-9]\d\d of 15\d\d tokens, .* left$")
     assert [line for line in lines if line.startswith("Reading")] == lines[1:]  # one line, drawn over itself
+    (tmp_path / "reading").unlink()
     term.until(r"^> And so\n(?!Reading).+\n>\Z")
 
 
 def test_run_without_a_prompt_asks_for_one_where_no_chat_is_possible():
-    program = pexpect.spawn(COMMAND, ["run", MODEL, "--json"], encoding="utf-8", timeout=30)
+    program = pexpect.spawn(COMMAND, ["run", MODEL, "--json"], encoding="utf-8", timeout=GIVE_UP)
     program.expect(pexpect.EOF)
     program.close()
     assert program.exitstatus == 2
@@ -238,23 +252,24 @@ def test_in_a_process_of_its_own():
         input=f"{FACT}\\\n{QUESTION}",  # goes on in the next line, and no line break at the end
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=GIVE_UP,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "57901\n", "")
 
 
 def test_ctrl_c_in_a_pipe_ends_the_chat_and_keeps_the_text_so_far():
     process = subprocess.Popen(
-        [COMMAND, "chat", MODEL, "--raw", "-c", "8192", "-n", "8000"],
+        [COMMAND, "chat", MODEL, "--raw", "-c", "20000", "-n", "19000"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pipesize=4096,  # when the pipe is full the answer waits for its reader
     )
     process.stdin.write(b"In the beginning\nnever answered\n")
     process.stdin.flush()
     first = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
-    rest, error = process.communicate(timeout=60)
+    rest, error = process.communicate(timeout=GIVE_UP)
     assert process.returncode == 130
     assert len(first) == 20
     assert rest.endswith(b"\n")
