@@ -20,9 +20,11 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from click.testing import CliRunner  # noqa: E402
 from families import FAMILIES, write_family  # noqa: E402
 from helpers import CHAT_TEMPLATE, SHAPES, TOOLS_TEMPLATE, with_slow_keys  # noqa: E402
 
+from selfextend_gguf.cli import main  # noqa: E402
 from selfextend_gguf.models import TINY_MODEL  # noqa: E402
 from selfextend_gguf.reference import Reference  # noqa: E402
 from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama  # noqa: E402
@@ -69,3 +71,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def heldout_text() -> str:
     return (Path(__file__).parent / "data" / "heldout.txt").read_text(encoding="ascii")
+
+
+@pytest.fixture
+def one_line_error(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that fails, for the line that says why. In this process, which llama.cpp must neither abort nor
+    use the file descriptors of."""
+
+    def run(*arguments: str, stdin: bytes = b"") -> str:
+        result = CliRunner(env={"SX_GGUF_API_KEY": None}).invoke(main, list(arguments), input=stdin)
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.exit_code in (1, 2)
+        lines = [line for line in result.stderr.splitlines() if line and not line.startswith(("Usage: ", "Try "))]
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("Error: ")
+        assert result.stdout == ""
+        assert capfd.readouterr() == ("", "")
+        return lines[0]
+
+    return run

@@ -10,25 +10,25 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from helpers import F32, logits_of_parts, random_tokens, relative_error
+from llama_cpp._internals import LlamaBatch
 
 from selfextend_gguf import Llama
+from selfextend_gguf.cli import main
+from selfextend_gguf.context import SelfExtendContext
 from selfextend_gguf.errors import ForeignPromptCacheError, PromptCacheError
-from selfextend_gguf.evaluation.bench import write_random_model
 from selfextend_gguf.models import TINY_MODEL, TINY_MODELS
 from selfextend_gguf.prompt_cache import read_prompt_header
 from selfextend_gguf.reference import Reference
 from selfextend_gguf.schedule import SCHEDULES
-from selfextend_gguf.tiny.model_file import LlamaShape
 
 MODEL = str(TINY_MODEL)
-COMMAND = [str(Path(sys.executable).with_name("sx-gguf"))]
 
 
 def open_tiny(n_ctx: int = 1024, **arguments) -> Llama:
@@ -210,53 +210,67 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 
 def test_kill_at_any_moment_leaves_a_good_file(tmp_path):
-    """Fifty writers killed while they replace one good file by the other."""
+    """Fifty writers that die while they replace one good file by another: at bytes all over it, and at later steps."""
     script = f"""
-        import os, random, signal, sys, time
+        import os, resource, signal, sys
         from pathlib import Path
         from selfextend_gguf import Llama
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from helpers import random_tokens
 
         path = Path({str(tmp_path / "p.kv")!r})
-        writer = Llama({MODEL!r}, n_ctx=4096, verbose=False)
-        texts = [random_tokens(3000 + n, seed=n) for n in (0, 1)]
+        writer, reader = (Llama({MODEL!r}, n_ctx=1024, verbose=False) for _ in range(2))
+        texts = [random_tokens(300 + n, seed=n) for n in (0, 1)]
         for text in texts:  # leaves files for the children to take turns with
+            writer.reset()
             writer.eval(text)
             writer.save_prompt(path.with_suffix(f".{{len(text)}}"))
-            writer.reset()
-        began = time.perf_counter()
-        writer.load_prompt(path.with_suffix(".3000"))
-        writer.save_prompt(path)
-        took = time.perf_counter() - began
-        reader = Llama({MODEL!r}, n_ctx=4096, verbose=False)
-        random.seed(1)
-        seen = set()
-        unfinished = 0
-        for i in range(50):
+        path.hardlink_to(path.with_suffix(".300"))
+        size = path.stat().st_size
+
+        def die(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def die_at_byte(n):
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
+
+        def die_before(owner, step):
+            setattr(owner, step, die)
+
+        def die_after(owner, step):
+            function = getattr(owner, step)
+            setattr(owner, step, lambda *arguments: die(function(*arguments)))
+
+        moments = [(die_at_byte, n * size // 46) for n in range(46)]
+        moments += [(die, *step) for step in ((os, "fsync"), (Path, "replace")) for die in (die_before, die_after)]
+        held, n_unfinished = 0, 0
+        for moment, *arguments in moments:
             child = os.fork()
             if child == 0:
-                for n in range(i, 10**6):
-                    writer.load_prompt(path.with_suffix(f".{{3000 + n % 2}}"))
-                    writer.save_prompt(path)
-            time.sleep(random.uniform(0, 4 * took))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            unfinished += any(path.parent.glob(".p.kv.*.tmp"))
+                writer.load_prompt(path.with_suffix(f".{{301 - held}}"))
+                moment(*arguments)
+                writer.save_prompt(path)
+                os._exit(0)
+            assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            if (moment, arguments) == (die_after, [Path, "replace"]):
+                held = 1 - held
+            else:
+                n_unfinished += 1
             n = reader.load_prompt(path)
-            assert reader.input_ids[:n].tolist() == texts[n - 3000]
-            seen.add(n)
-        assert seen == {{3000, 3001}}, seen
-        assert unfinished > 5, unfinished
+            assert reader.input_ids[:n].tolist() == texts[held]
+            assert len(list(path.parent.glob(".p.kv.*.tmp"))) == n_unfinished
+        assert held == 1
         for left in path.parent.glob(".p.kv.*.tmp"):
             os.utime(left, (0, 0))
         reader.save_prompt(path)  # cleans up what is older than a minute
         assert not any(path.parent.glob(".p.kv.*.tmp"))
-        print("fifty")
+        print(len(moments))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (0, "fifty\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "50\n"), result.stderr
 
 
 def test_two_writers_at_once_leave_the_file_of_one_of_them(tmp_path):
@@ -280,9 +294,8 @@ def test_two_writers_at_once_leave_the_file_of_one_of_them(tmp_path):
 # ---- the command -----------------------------------------------------------------------------------------------
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [*COMMAND, "run", MODEL, *arguments, "-n", "12", "--temp", "0"]
-    return subprocess.run(command, capture_output=True, text=True)
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["run", MODEL, *arguments, "-n", "12", "--temp", "0"])
 
 
 @pytest.fixture
@@ -290,6 +303,12 @@ def prompt_file(heldout_text, tmp_path) -> Path:
     path = tmp_path / "prompt.txt"
     path.write_text(heldout_text[:1500])
     return path
+
+
+@pytest.fixture(scope="module")
+def plain_answer(heldout_text) -> str:
+    """To the prompt of that file, without a cache."""
+    return run("-p", heldout_text[:1500]).stdout
 
 
 def test_a_second_run_reads_one_token_and_says_the_same(prompt_file, heldout_text, tmp_path):
@@ -315,7 +334,7 @@ def test_a_second_run_reads_one_token_and_says_the_same(prompt_file, heldout_tex
 def test_a_read_only_file_is_not_written(prompt_file, heldout_text, tmp_path):
     cache = tmp_path / "p.kv"
     missing = run("-f", str(prompt_file), "--prompt-cache-ro", str(cache))
-    assert missing.returncode == 0
+    assert missing.exit_code == 0
     assert missing.stderr == f"Warning: the prompt cache {cache} does not exist; the prompt is read\n"
     run("-f", str(prompt_file), "--prompt-cache", str(cache))
     content = cache.read_bytes()
@@ -324,14 +343,14 @@ def test_a_read_only_file_is_not_written(prompt_file, heldout_text, tmp_path):
     assert record["cached_tokens"] == 1000
     assert cache.read_bytes() == content
     both = run("-f", str(prompt_file), "--prompt-cache-ro", str(cache), "--prompt-cache", str(cache))
-    assert both.returncode == 2
+    assert both.exit_code == 2
     assert "not both" in both.stderr
 
 
 @pytest.mark.parametrize("what", ["foreign", "text", "damaged", "folder", "no folder", "full"])
-def test_whatever_is_wrong_is_one_warning_line(what, prompt_file, good_file, tmp_path):
+def test_whatever_is_wrong_is_one_warning_line(what, prompt_file, plain_answer, good_file, tmp_path):
     cache = tmp_path / "cache" / "p.kv"
-    content, limit = None, None
+    content, limit = None, resource.getrlimit(resource.RLIMIT_FSIZE)
     if what != "no folder":
         cache.parent.mkdir()
     if what == "foreign":
@@ -349,11 +368,13 @@ def test_whatever_is_wrong_is_one_warning_line(what, prompt_file, good_file, tmp
     elif what == "full":
         cache.write_bytes(good_file.read_bytes())
         content = cache.read_bytes()
-        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # noqa: E731
-    command = [*COMMAND, "run", MODEL, "-f", str(prompt_file), "-n", "12", "--temp", "0"]
-    plain = subprocess.run(command, capture_output=True, text=True)
-    result = subprocess.run([*command, "--prompt-cache", str(cache)], capture_output=True, text=True, preexec_fn=limit)
-    assert (result.returncode, result.stdout) == (0, plain.stdout)
+    if what == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        result = run("-f", str(prompt_file), "--prompt-cache", str(cache))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (result.exit_code, result.stdout) == (0, plain_answer)
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("Warning: "), result.stderr
     if content is not None:
         assert cache.read_bytes() == content
@@ -363,26 +384,29 @@ def test_whatever_is_wrong_is_one_warning_line(what, prompt_file, good_file, tmp
         assert [p.name for p in cache.parent.iterdir()] == ["p.kv"]
 
 
-def test_ctrl_c_while_reading_keeps_what_was_read(heldout_text, tmp_path):
-    model, cache, prompt = tmp_path / "slow.gguf", tmp_path / "p.kv", tmp_path / "prompt.txt"
-    shape = LlamaShape(n_ctx_train=4096, n_layer=8, n_embd=1024, n_head=16, n_head_kv=4, head_dim=64, n_ff=4096)
-    write_random_model(model, shape)
-    prompt.write_text(heldout_text[:6000])
-    arguments = [*COMMAND, "run", str(model), "-f", str(prompt), "-b", "64", "--prompt-cache", str(cache)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    time.sleep(5)  # loaded, and some batches of 64 tokens are read
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    n_read = int(re.search(r"Interrupted after reading (\d+) of 6000 tokens", errors)[1])
-    assert n_read > 0
+def test_ctrl_c_while_reading_keeps_what_was_read(heldout_text, prompt_file, tmp_path, monkeypatch):
+    """Ctrl-C in the fifth batch."""
+    cache, n_batches, decode = tmp_path / "p.kv", 0, SelfExtendContext.decode
+
+    def interrupted(self: SelfExtendContext, batch: LlamaBatch) -> None:
+        nonlocal n_batches
+        n_batches += 1
+        if n_batches == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        decode(self, batch)
+
+    monkeypatch.setattr(SelfExtendContext, "decode", interrupted)
+    result = run("-f", str(prompt_file), "-b", "64", "--prompt-cache", str(cache))
+    assert result.exit_code == 130
+    n_read = int(re.fullmatch(r"Interrupted after reading (\d+) of 1500 tokens\.\n", result.stderr)[1])
+    assert n_read == 4 * 64
     saved = read_prompt_header(cache)
     assert saved.tokens.tolist() == list(heldout_text[:n_read].encode())
 
 
 def test_same_file_name_as_a_device_is_no_crash():
     result = run("hello", "--prompt-cache", os.devnull)
-    assert result.returncode == 0
+    assert result.exit_code == 0
     assert result.stderr.startswith("Warning: ")
 
 

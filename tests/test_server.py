@@ -513,19 +513,10 @@ def test_an_open_server_without_a_key_is_warned_of(more, warnings):
     assert error.count("anyone who reaches 0.0.0.0 can use this server: set --api-key") == warnings
 
 
-def one_line_error(*arguments: str) -> str:
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
-    assert done.returncode in (1, 2)
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert "Traceback" not in done.stderr
-    return lines[-1]
-
-
-def test_an_address_in_use():
+def test_an_address_in_use(one_line_error):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        error = one_line_error(MODEL, "--port", str(port))
+        error = one_line_error("serve", MODEL, "--port", str(port))
     assert error == f"Error: cannot listen on 127.0.0.1:{port}: Address already in use"
 
 
@@ -540,8 +531,8 @@ def test_an_address_in_use():
         ([], "Missing argument 'MODEL...'"),
     ],
 )
-def test_bad_arguments(arguments, message):
-    assert message in one_line_error(*arguments)
+def test_bad_arguments(one_line_error, arguments, message):
+    assert message in one_line_error("serve", *arguments)
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path):
