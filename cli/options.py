@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import click
 
 from selfextend_gguf._native import restore_log
+from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.kv_cache import KV_TYPES
-from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED
+from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED, check_parameters
 from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
 
 T = TypeVar("T")
@@ -72,11 +73,17 @@ def _load_config(context: click.Context, _: click.Parameter, path: Path | None) 
         return
     try:
         values = json.loads(path.read_bytes())
-        unknown = set(values) - set(PARAMETERS)
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"{path} is no file that `sx-gguf tune` wrote: {error}") from error
+    if not isinstance(values, dict):
+        raise click.BadParameter(f"{path} is no file that `sx-gguf tune` wrote: it holds no JSON object")
+    unknown = set(values) - set(PARAMETERS)
     if unknown:
         raise click.BadParameter(f"{path} has unknown parameters: {', '.join(sorted(unknown))}")
+    try:
+        values = check_parameters(values)  # click would make 1 of true and of 1.5
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     context.default_map = {**(context.default_map or {}), **values}
 
 

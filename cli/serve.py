@@ -90,12 +90,14 @@ def serve(
     if prompt_cache is not None:
         prompt_cache.mkdir(parents=True, exist_ok=True)
     folder, read_only = prompt_cache or prompt_cache_ro, prompt_cache_ro is not None
-    n_bytes = psutil.virtual_memory().available // 4 if cache_ram is None else cache_ram * 2**20
+
+    def keep() -> KeptPrompts:
+        # Called when a model is loaded: a quarter of what it leaves.
+        n_bytes = psutil.virtual_memory().available // 4 if cache_ram is None else cache_ram * 2**20
+        return KeptPrompts(n_bytes, folder, read_only=read_only)
+
     served = [
-        ServedModel.from_file(
-            path, name, ctx, arguments, keep=lambda: KeptPrompts(n_bytes, folder, read_only=read_only)
-        )
-        for path, name in zip(models, names, strict=True)
+        ServedModel.from_file(path, name, ctx, arguments, keep=keep) for path, name in zip(models, names, strict=True)
     ]
     with listen(host, port) as listener:
         port = listener.getsockname()[1]

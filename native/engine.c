@@ -270,6 +270,9 @@ static int prepare_decodes(sx_engine * e) {
 }
 
 int32_t sx_engine_attach(sx_engine * e, struct llama_context * ctx) {
+    if (!ctx) {
+        return sx_fail(SX_ERR_ARGUMENT, "there is no context");
+    }
     if (e->ctx || e->layers.n > 0) {
         return sx_fail(SX_ERR_ARGUMENT, "the engine has been attached before");
     }

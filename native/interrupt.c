@@ -25,6 +25,9 @@ static bool is_interrupted(void * unused) {
 
 int32_t sx_interrupt_watch(struct llama_context * ctx) {
     struct sigaction current, ours;
+    if (!ctx) {
+        return sx_fail(SX_ERR_ARGUMENT, "there is no context");
+    }
     if (sigaction(SIGINT, NULL, &current) != 0) {
         return sx_fail(SX_ERR_ARGUMENT, "cannot read the handler of SIGINT");
     }

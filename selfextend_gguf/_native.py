@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import time
@@ -18,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp._logger import llama_log_callback
 
+from selfextend_gguf.checks import shown, whole_number
 from selfextend_gguf.errors import (
+    ClosedError,
     ConfigError,
     EngineError,
     NativeLibraryError,
@@ -27,7 +30,8 @@ from selfextend_gguf.errors import (
     TextError,
     UnsupportedModelError,
 )
-from selfextend_gguf.schedule import SCHEDULES, SelfExtendConfig
+from selfextend_gguf.handles import Handle
+from selfextend_gguf.schedule import LONGEST, SCHEDULES, SelfExtendConfig
 
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."
 _int32_p = ctypes.POINTER(ctypes.c_int32)
@@ -252,8 +256,11 @@ def schedule_positions(config: SelfExtendConfig, n_cached: int, n_total: int) ->
     Raises ConfigError when the step cannot keep the distances below `config.max_distance` and the neighbor window
     (decode at most `config.n_batch` tokens at once), or when the counts are not 0 <= n_cached <= n_total.
     """
-    if not 0 <= n_cached <= n_total < 2**31:
-        raise ConfigError(f"a step needs 0 <= n_cached <= n_total, not {n_cached} and {n_total}")
+    if not isinstance(config, SelfExtendConfig):
+        raise ConfigError(f"config must be what `plan` returns, not {shown(config)}")
+    n_cached, n_total = whole_number("n_cached", n_cached), whole_number("n_total", n_total)
+    if not 0 <= n_cached <= n_total <= LONGEST:
+        raise ConfigError(f"a step needs 0 <= n_cached <= n_total, not {shown(n_cached)} and {shown(n_total)}")
     positions = np.empty(n_cached, np.int32)
     _check(_LIB.sx_schedule_positions(ctypes.byref(_params(config)), n_cached, n_total, _pointer(positions)))
     return positions
@@ -326,14 +333,18 @@ def last_error() -> str:
 class Engine:
     """Owner of one sx_engine: the key position of every cached token of one llama_context."""
 
+    _handle = Handle()
+
     def __init__(self, n_ctx: int) -> None:
-        self._handle = _LIB.sx_engine_init(n_ctx)
-        if not self._handle:
+        handle = _LIB.sx_engine_init(whole_number("n_ctx", n_ctx, 1, LONGEST))
+        if not handle:
             raise NotEnoughMemoryError(last_error())
+        self._handle = handle
 
     def close(self) -> None:
         """Free the engine. Its context must have been freed before."""
-        _LIB.sx_engine_free(self._handle)
+        with contextlib.suppress(ClosedError):
+            _LIB.sx_engine_free(self._handle)
         self._handle = None
 
     @property

@@ -25,4 +25,4 @@ class StepLimitedDraft(LlamaDraftModel):
     def __call__(self, input_ids: npt.NDArray[np.intc], /, **kwargs: Any) -> npt.NDArray[np.intc]:
         # All but the last of the tokens are cached; that one is decoded together with the guesses.
         room = self._step_after(len(input_ids) - 1) - 1
-        return self.draft_model(input_ids, **kwargs)[:room]
+        return np.asarray(self.draft_model(input_ids, **kwargs))[:room]

@@ -15,6 +15,10 @@ class UnknownArgumentError(ConfigError, TypeError):
     """A keyword argument that neither this package nor llama_cpp.Llama knows."""
 
 
+class TemplateError(ConfigError):
+    """A chat template that is none, fails, or takes too much time or memory."""
+
+
 class ModelFileError(SelfExtendError, ValueError):
     """A model file that is missing, not a GGUF file, damaged, or unknown to llama.cpp."""
 
@@ -57,6 +61,14 @@ class ConversationError(SelfExtendError, ValueError):
 
 class EngineError(SelfExtendError, RuntimeError):
     """The native library or llama.cpp failed while running; the message says what happened."""
+
+
+class ClosedError(SelfExtendError, ValueError):
+    """A model was used after it had been closed."""
+
+
+class TextChangedError(SelfExtendError, RuntimeError):
+    """A generator was asked for its next token after another call had changed the text of its model."""
 
 
 class NativeLibraryError(SelfExtendError, ImportError):

@@ -93,4 +93,5 @@ def stream_completion(
             choice = chunk["choices"][0]
             yield Piece(choice["text"], choice["finish_reason"], timings)
     finally:
-        llm.progress = None
+        if llm.progress is progress:  # not another completion's
+            llm.progress = None

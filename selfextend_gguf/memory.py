@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import warnings
 from bisect import bisect_right
@@ -16,10 +15,11 @@ import psutil
 
 from selfextend_gguf.errors import MemoryTightWarning, NotEnoughMemoryError
 from selfextend_gguf.kv_cache import KV_TYPES, kv_cache_bytes, per_layer
-from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.model_info import ModelInfo, SplitName
 from selfextend_gguf.planning import CELL_MULTIPLE, whole_cells
 
-_LARGEST_STEP = 512  # tokens llama.cpp computes at once (n_ubatch)
+_LARGEST_STEP = 512  # tokens llama.cpp computes at once (n_ubatch) unless told otherwise
+_PAGE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Demand:
     type_v: int
     flash_attn: bool
     is_mapped: bool  # weights stay in their file, which the system may drop from memory and read again
-    n_logits: int = 0  # elements kept of a token: the vocabulary with `logits_all`
+    n_ubatch: int = _LARGEST_STEP
+    n_vocab: int = 0
+    all_logits: bool = False  # llama.cpp gives those of all tokens of a batch: `logits_all`, draft models, embeddings
+    keeps_logits: bool = False  # and they are kept for all of the context: `logits_all`
 
     @property
     def kv_cache(self) -> int:
@@ -50,15 +53,22 @@ class Demand:
         def largest(key: str, default: int = 0) -> int:
             return max(per_layer(self.metadata, f"{arch}.{key}", default))
 
-        n_step = min(self.n_batch, _LARGEST_STEP, self.n_ctx)
+        n_step = min(self.n_batch, self.n_ubatch, self.n_ctx)
         scores = 2 if self.flash_attn else 4 * (largest("attention.head_count", 1) + 1)
         wide = max(4 * largest("feed_forward_length"), 2 * largest("embedding_length") + largest("vocab_size"))
         return n_step * (self.n_ctx * scores + 4 * wide)
 
     @property
     def logits(self) -> int:
-        """Bytes of the kept logits."""
-        return 4 * self.n_logits * whole_cells(self.n_ctx)
+        """Bytes of the logits of more than one token: llama.cpp's of a batch, and the kept ones."""
+        n_batch = min(self.n_batch, self.n_ctx)
+        n_rows = n_batch * self.all_logits + whole_cells(self.n_ctx) * self.keeps_logits
+        return 4 * self.n_vocab * n_rows
+
+    @property
+    def batch(self) -> int:
+        """Bytes of llama_cpp's batch: of each token a list as long as the context, of which the first page is used."""
+        return min(self.n_batch, self.n_ctx) * min(4 * whole_cells(self.n_ctx), _PAGE)
 
     @property
     def total(self) -> int:
@@ -68,13 +78,13 @@ class Demand:
     @property
     def allocated_beside(self) -> int:
         """Bytes beside the weights, which must be memory."""
-        return self.kv_cache + self.compute + self.logits
+        return self.kv_cache + self.compute + self.logits + self.batch
 
     def __str__(self) -> str:
         logits = f", logits of all tokens {gib(self.logits)}" if self.logits else ""
         return (
             f"{self.n_ctx} tokens need {gib(self.total)} (weights {gib(self.weights)}, "
-            f"KV cache {gib(self.kv_cache)}, computing {gib(self.compute)}{logits})"
+            f"KV cache {gib(self.kv_cache)}, computing {gib(self.compute + self.batch)}{logits})"
         )
 
 
@@ -85,25 +95,37 @@ def gib(n_bytes: int) -> str:
 
 def weights_bytes(path: Path) -> int:
     """Size of a model file, or of all parts of a split one."""
-    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
-    parts = path.parent.glob(f"{match[1]}-*-of-{match[2]}.gguf") if match else [path]
-    return sum(part.stat().st_size for part in parts)
+    name = SplitName.of(path)
+    parts = [path] if name is None else [name.path_of(n, path.parent) for n in range(1, name.count + 1)]
+    return sum(part.stat().st_size for part in parts if part.exists())
 
 
-def demand_of(info: ModelInfo, n_ctx: int, n_batch: int, *, flash_attn: bool | None, **arguments: Any) -> Demand:
+def demand_of(info: ModelInfo, n_ctx: int, n_batch: int, *, flash_attn: bool | None = None, **arguments: Any) -> Demand:
     """What `Llama` would ask for with these arguments; n_ctx 0 = the trained context."""
     type_k, type_v = (KV_TYPES["f16"] if t is None else t for t in map(arguments.get, ("type_k", "type_v")))
+    lora_path, n_ubatch = arguments.get("lora_path"), arguments.get("n_ubatch", _LARGEST_STEP)
+    keeps_logits, embedding = bool(arguments.get("logits_all")), bool(arguments.get("embedding"))
     return Demand(
         metadata=info.metadata,
-        weights=weights_bytes(info.path),
+        weights=weights_bytes(info.path) + (Path(lora_path).stat().st_size if lora_path else 0),
         n_ctx=n_ctx or info.n_ctx_train,
         n_batch=n_batch,
         type_k=type_k,
         type_v=type_v,
         flash_attn=flash_attn is not False and KV_TYPES["f32"] not in (type_k, type_v),
         is_mapped=arguments.get("use_mmap", True),
-        n_logits=info.model.n_vocab() if arguments.get("logits_all") else 0,
+        n_ubatch=n_batch if embedding else n_ubatch or n_batch,
+        n_vocab=info.model.n_vocab(),
+        all_logits=keeps_logits or embedding or arguments.get("draft_model") is not None,
+        keeps_logits=keeps_logits,
     )
+
+
+def check_allocation(n_bytes: int, what: str) -> None:
+    """Raise NotEnoughMemoryError where the system would end the process once the memory is used."""
+    available = psutil.virtual_memory().available
+    if n_bytes > available:
+        raise NotEnoughMemoryError(f"{what} takes {gib(n_bytes)} of memory, {gib(available)} are available")
 
 
 def can_foresee(info: ModelInfo, arguments: Mapping[str, Any]) -> bool:

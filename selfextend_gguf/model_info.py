@@ -3,40 +3,93 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import gguf
 import llama_cpp
-import llama_cpp._internals as internals
 from llama_cpp._logger import logger, set_verbose
 
 from selfextend_gguf._native import last_error, note_log_errors
+from selfextend_gguf.checks import path as check_path
 from selfextend_gguf.errors import ModelFileError
+from selfextend_gguf.handles import Model
 from selfextend_gguf.kv_cache import kv_cache_bytes
 from selfextend_gguf.tokenizer import Tokenizer
 
 _MAGIC = b"GGUF"
+Number = TypeVar("Number", int, float)
 
 
-def model_file_error(path: str | Path, reason: str = "") -> ModelFileError:
-    """Why llama.cpp did not load `path`, as an error to raise; `reason` is what llama.cpp said of it."""
+def check_is_gguf(path: str | Path) -> None:
+    """Raise ModelFileError unless there is a file that begins as GGUF files do."""
     path = Path(path)
     if not path.exists():
-        return ModelFileError(f"Model path does not exist: {path}")
+        raise ModelFileError(f"Model path does not exist: {path}")
     if path.is_dir():
-        return ModelFileError(f"{path} is a directory, not a GGUF file")
+        raise ModelFileError(f"{path} is a directory, not a GGUF file")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        return ModelFileError(f"cannot read {path}: {error.strerror}")
+        raise ModelFileError(f"cannot read {path}: {error.strerror}") from error
     if not magic:
-        return ModelFileError(f"{path} is empty")
+        raise ModelFileError(f"{path} is empty")
     if magic != _MAGIC:
-        return ModelFileError(f"{path} is not a GGUF file")
+        raise ModelFileError(f"{path} is not a GGUF file")
+
+
+def model_file_error(path: str | Path, reason: str = "") -> ModelFileError:
+    """Why llama.cpp did not load `path`, as an error to raise; `reason` is what llama.cpp said of it."""
+    try:
+        check_is_gguf(path)
+    except ModelFileError as error:
+        return error
     reason = reason.removeprefix("error loading model: ") or "llama.cpp does not say why"
-    return ModelFileError(f"Failed to load model from file: {path}: {reason}")
+    return _split_error(Path(path), reason) or ModelFileError(f"Failed to load model from file: {path}: {reason}")
+
+
+@dataclass(frozen=True)
+class SplitName:
+    """The name of a part of a split model: model-00001-of-00003.gguf."""
+
+    stem: str
+    number: int  # from 1
+    count: int
+
+    @classmethod
+    def of(cls, path: Path) -> SplitName | None:
+        """None if it is no such name."""
+        match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
+        return cls(match[1], int(match[2]), int(match[3])) if match else None
+
+    def path_of(self, number: int, folder: Path) -> Path:
+        """Where another part is expected."""
+        return folder / f"{self.stem}-{number:05}-of-{self.count:05}.gguf"
+
+
+def _split_error(path: Path, reason: str) -> ModelFileError | None:
+    """What `reason` means for a split model, None if it is about something else."""
+    name = SplitName.of(path)
+    if later := re.match(r"illegal split file idx: (\d+)", reason):
+        number = int(later[1]) + 1
+        first = "give the first" if name is None else f"give the first, {name.path_of(1, path.parent)}"
+        of = "" if name is None else f" of {name.count}"
+        return ModelFileError(f"{path} is part {number}{of} of a split model: {first}")
+    if reason.startswith("invalid split file name"):
+        return ModelFileError(
+            f"{path} is the first part of a split model under another name, or all of them in one file: keep them "
+            f"apart as {path.stem}-00001-of-00003.gguf and so on, or let llama-gguf-split --merge join them"
+        )
+    if name is not None:
+        for number in range(2, name.count + 1):
+            part = name.path_of(number, path.parent)
+            if not part.exists():
+                return ModelFileError(f"{path} is part 1 of {name.count}, and part {number} is missing: {part}")
+    return None
 
 
 def set_log_level(verbose: bool) -> None:
@@ -50,17 +103,16 @@ def set_log_level(verbose: bool) -> None:
         logger.setLevel(logging.CRITICAL)
 
 
-def load_model(path: str | Path, *, vocab_only: bool, verbose: bool = False) -> internals.LlamaModel:
+def load_model(path: str | Path, *, vocab_only: bool, verbose: bool = False) -> Model:
     """Load a model file, or its vocabulary and metadata alone. Raises ModelFileError."""
     set_log_level(verbose)
-    if not Path(path).is_file():
-        raise model_file_error(path)
+    check_is_gguf(path)
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0
     note_log_errors(True)
     try:
-        return internals.LlamaModel(path_model=str(path), params=params, verbose=verbose)
+        return Model(path_model=str(path), params=params, verbose=verbose)
     except ValueError as error:
         raise model_file_error(path, last_error()) from error
     finally:
@@ -74,12 +126,27 @@ class ModelInfo:
         self, path: str | Path, *, verbose: bool = False, kv_overrides: Mapping[str, object] | None = None
     ) -> None:
         """`kv_overrides` replace metadata, as in `Llama`. Raises ModelFileError."""
-        self.path = Path(path)
+        self.path = Path(check_path("path", path))
         self.model = load_model(path, vocab_only=True, verbose=verbose)
         self.tokenizer = Tokenizer(self.model)
         overrides = {key: str(value) for key, value in (kv_overrides or {}).items()}
         self.metadata: dict[str, str] = self.model.metadata() | overrides
         self.architecture = self.metadata.get("general.architecture", "unknown")
+        self._check_epsilons()
+
+    def _check_epsilons(self) -> None:
+        """llama.cpp ends the process where it first divides by the root of something negative."""
+        for key in self.metadata:
+            if key.endswith("epsilon") and not self._number(key, 0, float) >= 0:
+                raise ModelFileError(f"{self.path} has {key} = {self.metadata[key]}, which must not be negative")
+
+    def _number(self, key: str, default: float, kind: type[Number]) -> Number:
+        """A number of the metadata. Raises ModelFileError for what is none."""
+        value = self.metadata.get(key, str(default))
+        try:
+            return kind(value)
+        except (ValueError, OverflowError):
+            raise ModelFileError(f"{self.path} has {key} = {value}, which is no number of the right kind") from None
 
     def __enter__(self) -> ModelInfo:
         return self
@@ -93,7 +160,7 @@ class ModelInfo:
     @property
     def n_ctx_train(self) -> int:
         """Trained context in tokens, 0 if the file does not say."""
-        return int(self.metadata.get(f"{self.architecture}.context_length", 0))
+        return self._number(f"{self.architecture}.context_length", 0, int)
 
     @property
     def rope(self) -> str:
@@ -116,14 +183,14 @@ class ModelInfo:
     @property
     def rope_base(self) -> float:
         """Base of the RoPE frequencies."""
-        return float(self.metadata.get(f"{self.architecture}.rope.freq_base", 10000.0))
+        return self._number(f"{self.architecture}.rope.freq_base", 10000.0, float)
 
     @property
     def n_rot(self) -> int:
         """Rotated elements of a head."""
-        n_embd = int(self.metadata.get(f"{self.architecture}.embedding_length", 0))
-        n_head = int(self.metadata.get(f"{self.architecture}.attention.head_count", 1))
-        return int(self.metadata.get(f"{self.architecture}.rope.dimension_count", n_embd // n_head))
+        n_embd = self._number(f"{self.architecture}.embedding_length", 0, int)
+        n_head = self._number(f"{self.architecture}.attention.head_count", 1, int)
+        return self._number(f"{self.architecture}.rope.dimension_count", n_embd // n_head, int)
 
     @property
     def quantisation(self) -> str:
@@ -153,4 +220,4 @@ class ModelInfo:
     @property
     def n_layers(self) -> int:
         """Layers of the model."""
-        return int(self.metadata.get(f"{self.architecture}.block_count", 0))
+        return self._number(f"{self.architecture}.block_count", 0, int)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from selfextend_gguf.checks import Check, check_all, optional, shown, whole_number
 from selfextend_gguf.errors import ConfigError, ContextFullError
 from selfextend_gguf.schedule import LONGEST, RULES, SCHEDULES, Schedule, SelfExtendConfig
 
@@ -59,19 +60,28 @@ class _Numbers:
         return min(LONGEST, max(self.n_ctx_train, self.rule.reach(self.config(LONGEST, group_size))))
 
 
-def _check_range(name: str, value: Any, low: int, high: int, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be a whole number, not {value!r}")
-    if not low <= value <= high:
-        raise ConfigError(f"{name} must be between {low} and {high}{why}, not {value}")
+def _schedule_name(_: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in SCHEDULES:
+        raise ConfigError(f"unknown schedule {shown(value)}; choose from {', '.join(SCHEDULES)}")
+    return value
+
+
+_CHECKS: dict[str, Check] = {
+    name: optional(_schedule_name if name == "schedule" else whole_number) for name in PARAMETERS
+}
+
+
+def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of `plan`, from wherever they come, as the kinds of values they must be. Raises ConfigError.
+
+    What range a number must lie in depends on the model and the other numbers: `plan` decides.
+    """
+    return check_all(_CHECKS, parameters)
 
 
 def _rule(parameters: dict[str, Any]) -> Schedule:
-    """The schedule that parameters of `plan` name. ConfigError for an unknown one, or a parameter it has no use for."""
-    name = parameters.get("schedule")
-    name = SCHEDULES[0] if name is None else name
-    if name not in SCHEDULES:
-        raise ConfigError(f"unknown schedule {name!r}; choose from {', '.join(SCHEDULES)}")
+    """The schedule that checked parameters name. ConfigError for a parameter that it has no use for."""
+    name = parameters.get("schedule") or SCHEDULES[0]
     rule = RULES[name]
     for parameter, why in rule.without.items():
         if parameters.get(parameter) is not None:
@@ -84,16 +94,16 @@ def _numbers(rule: Schedule, n_ctx_train: int, parameters: dict[str, Any], dista
     trained = f" (the model is trained on {n_ctx_train} tokens)"
     size, window, block = (parameters.get(name) for name in ("group_size", "neighbor_window", "block_size"))
     if size is not None:
-        _check_range("group_size", size, 1, rule.largest_group(n_ctx_train), trained)
-    _check_range("max_distance", distance, 8, n_ctx_train, trained)
+        whole_number("group_size", size, 1, rule.largest_group(n_ctx_train), trained)
+    distance = whole_number("max_distance", distance, 8, n_ctx_train, trained)
     room = rule.room(distance)
     if window is not None:
         # Two positions must be left: one for a new token, one for the grouped keys.
-        _check_range("neighbor_window", window, 1, room - 2, trained)
+        window = whole_number("neighbor_window", window, 1, room - 2, trained)
     numbers = _Numbers(rule, n_ctx_train, distance, max(1, room // 4) if window is None else window, block)
     if block is not None:
         most = numbers.free - numbers.n_batch
-        _check_range("block_size", block, 1, most, f" with a neighbor window of {numbers.neighbor_window}")
+        whole_number("block_size", block, 1, most, f" with a neighbor window of {numbers.neighbor_window}")
     return numbers
 
 
@@ -148,15 +158,11 @@ def plan(
     Traceback (most recent call last):
     selfextend_gguf.errors.ConfigError: group size 4 with a neighbor window of 1024 reaches 9730 tokens, not 16384: ...
     """
-    _check_range("n_ctx_train", n_ctx_train, 8, LONGEST)
-    _check_range("n_ctx", n_ctx, 1, LONGEST)
-    parameters = {
-        "group_size": group_size,
-        "neighbor_window": neighbor_window,
-        "max_distance": max_distance,
-        "block_size": block_size,
-        "schedule": schedule,
-    }
+    n_ctx_train = whole_number("n_ctx_train", n_ctx_train, 8, LONGEST)
+    n_ctx = whole_number("n_ctx", n_ctx, 1, LONGEST)
+    given = (group_size, neighbor_window, max_distance, block_size, schedule)
+    parameters = check_parameters(dict(zip(PARAMETERS, given, strict=True)))
+    group_size, neighbor_window = parameters["group_size"], parameters["neighbor_window"]
     rule = _rule(parameters)
     largest = rule.largest_group(n_ctx_train)
     for numbers in _choices(rule, n_ctx_train, parameters):
@@ -198,7 +204,8 @@ def longest_context(n_ctx_train: int, **parameters: Any) -> int:
 
     Raises ConfigError as `plan` does.
     """
-    _check_range("n_ctx_train", n_ctx_train, 8, LONGEST)
+    n_ctx_train = whole_number("n_ctx_train", n_ctx_train, 8, LONGEST)
+    parameters = check_parameters(parameters)
     rule = _rule(parameters)
     size = parameters.get("group_size")
     size = rule.largest_group(n_ctx_train) if size is None else size

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.errors import ConfigError, TemplateError
 from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.templates import ChatTemplate, chat_template
 from selfextend_gguf.tokenizer import NO_MARKS, Marks
 
 Message = dict[str, str]  #: "role" ("system", "user" or "assistant") and "content", as chat templates take them
@@ -40,20 +38,11 @@ def render_raw(messages: Sequence[Message], *, special: bool = False) -> Renderi
     return Rendering("".join(texts), special)
 
 
-def chat_formatter(info: ModelInfo) -> Jinja2ChatFormatter:
-    """The model's own chat template. Raises ConfigError when it has none or when it is no template."""
+def chat_formatter(info: ModelInfo) -> ChatTemplate:
+    """The model's own chat template. Raises ConfigError when it has none."""
     if info.chat_template is None:
         raise ConfigError("the model has no chat template")
-
-    def piece(token: int) -> str:
-        return info.model.token_get_text(token) if token != -1 else ""
-
-    try:
-        return Jinja2ChatFormatter(
-            info.chat_template, eos_token=piece(info.model.token_eos()), bos_token=piece(info.model.token_bos())
-        )
-    except jinja2.TemplateError as error:
-        raise _template_error(error) from error
+    return chat_template(info.model, info.chat_template)
 
 
 def render_chat(info: ModelInfo, messages: Sequence[Message], *, special: bool = False) -> Rendering:
@@ -69,14 +58,10 @@ def render_chat(info: ModelInfo, messages: Sequence[Message], *, special: bool =
     formatter = chat_formatter(info)
     try:
         rendered = formatter(messages=marked)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
-        raise _template_error(error) from error
+    except TemplateError as error:
+        raise TemplateError(f"{error}; --raw leaves it out") from error
     stop = rendered.stop if isinstance(rendered.stop, list) else [rendered.stop] if rendered.stop else []
     return Rendering(rendered.prompt, True, marks, [s for s in stop if s])
-
-
-def _template_error(error: Exception) -> ConfigError:
-    return ConfigError(f"the model's chat template failed ({error}); --raw leaves it out")
 
 
 def uses_template(info: ModelInfo, *, raw: bool) -> bool:

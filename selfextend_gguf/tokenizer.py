@@ -29,7 +29,7 @@ from llama_cpp.llama_chat_format import (
 from llama_cpp.llama_tokenizer import BaseLlamaTokenizer
 
 from selfextend_gguf import _native
-from selfextend_gguf.errors import SelfExtendError, TextError
+from selfextend_gguf.errors import TextError
 
 # llama.cpp's pre-tokenizers recurse for each character of a match, which takes 320 bytes of stack (gcc 12, x86-64).
 _STACK_PER_BYTE = 1024
@@ -81,8 +81,6 @@ class Tokenizer(BaseLlamaTokenizer):
 
     @property
     def _vocab(self) -> Any:
-        if self._model.model is None:
-            raise SelfExtendError("the model is closed")
         return self._model.vocab
 
     @cached_property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from helpers import random_tokens
 
@@ -116,6 +118,18 @@ def test_a_folder_outlives_the_program(documents, tmp_path):
     for text, answer in zip(documents, wanted, strict=True):
         assert second.ask(text + " And") == answer
         assert second.n_read < N_READ // 2
+
+
+def test_copies_make_room_for_whoever_needs_memory(documents, monkeypatch):
+    """Within the capacity, but no more than half of what is available."""
+    asker = Asker(KeptPrompts(ROOM))
+    asker.ask(documents[0])
+    copy = asker.llm.kept_prompts.n_bytes
+    assert copy > 0
+    available = copy  # half of it is too little for another
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    asker.ask(documents[1])
+    assert asker.llm.kept_prompts.n_bytes == 0
 
 
 def test_a_folder_keeps_to_its_size(documents, tmp_path):

@@ -14,11 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each floor may import those below it, and files of its own floor in one direction. A folder stands for its files.
 FLOORS = [
     ["errors", "atomic_file", "models", "drafting"],
+    ["checks", "turns"],
     ["tiny", "schedule"],
     ["planning", "kv_cache", "reference", "grammar", "json_schema", "chat_schemas"],
+    ["handles", "sampling", "logprobs", "templates", "template_worker"],
     ["_native"],
-    ["tokenizer", "model_info", "context", "prompt_cache"],
-    ["memory", "prompt"],
+    ["tokenizer", "model_info", "context", "prompt_cache", "arguments"],
+    ["memory", "prompt", "adapters"],
+    ["safe_llama"],
     ["examine", "llama"],
     ["generate", "conversation"],
     ["evaluation"],

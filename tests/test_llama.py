@@ -12,12 +12,18 @@ import sys
 import llama_cpp
 import numpy as np
 import pytest
-from helpers import F16, F32, random_tokens, relative_error
+from helpers import F16, F32, random_tokens, relative_error, write_adapter
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from selfextend_gguf import Llama, SelfExtendError
 from selfextend_gguf._native import schedule_step
-from selfextend_gguf.errors import ConfigError, ContextFullError, StateError, UnsupportedModelError
+from selfextend_gguf.errors import (
+    ConfigError,
+    ContextFullError,
+    ForeignPromptCacheError,
+    StateError,
+    UnsupportedModelError,
+)
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.models import TINY_MODEL
 
@@ -114,6 +120,79 @@ def test_logprobs(long_prompt):
         max(top.values()) == pytest.approx(p)
         for top, p in zip(logprobs["top_logprobs"], logprobs["token_logprobs"], strict=True)
     )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_logprobs_are_plain_numbers_of_the_right_tokens(stream, echo, as_tokens, long_prompt):
+    llm = Llama(str(TINY_MODEL), n_ctx=1024, logits_all=True, verbose=False)
+    prompt = long_prompt[:300]  # beyond the trained context; tokens are bytes
+    answer = llm.create_completion(
+        list(prompt.encode()) if as_tokens else prompt,
+        max_tokens=6,
+        logprobs=2,
+        echo=echo,
+        stream=stream,
+        temperature=0,
+    )
+    choices = [part["choices"][0] for part in json.loads(json.dumps(list(answer) if stream else [answer]))]
+    text = "".join(choice["text"] for choice in choices)
+    logprobs = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    found = {key: [value for part in logprobs for value in part[key]] for key in logprobs[0]}
+
+    tokens = list((text if echo else prompt + text).encode())
+    assert len(tokens) == 300 + 6
+    fresh = Llama(str(TINY_MODEL), n_ctx=1024, logits_all=True, verbose=False)
+    fresh.eval(tokens)
+    logits = fresh.scores[: len(tokens)].astype(np.float64)
+    of_next = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    begin = 0 if echo else 300
+    wanted = [None, *(of_next[i - 1, tokens[i]] for i in range(1, len(tokens)))][begin:]
+    assert "".join(found["tokens"]) == text
+    assert found["token_logprobs"][1:] == pytest.approx(wanted[1:], abs=0.01)
+    assert found["token_logprobs"][0] == (None if echo else pytest.approx(wanted[0], abs=0.01))
+    for i, top in list(enumerate(found["top_logprobs"], begin))[1:]:
+        assert max(top.values()) == pytest.approx(of_next[i - 1].max(), abs=0.01)
+    if not (stream and as_tokens):  # where llama_cpp counts tokens
+        assert found["text_offset"] == list(range(begin, 306))
+
+
+def test_logprobs_of_a_restored_prompt(tmp_path):
+    """A prompt cache holds no logits: with `echo` the text is read again."""
+    llm = Llama(str(TINY_MODEL), n_ctx=512, logits_all=True, verbose=False)
+    ask = {"prompt": "In the beginning", "max_tokens": 2, "logprobs": 1, "echo": True, "temperature": 0}
+    wanted = llm.create_completion(**ask)["choices"][0]["logprobs"]
+    llm.save_prompt(tmp_path / "prompt.kv")
+    other = Llama(str(TINY_MODEL), n_ctx=512, logits_all=True, verbose=False)
+    other.load_prompt(tmp_path / "prompt.kv")
+    found = other.create_completion(**ask)["choices"][0]["logprobs"]
+    assert found["token_logprobs"] == pytest.approx(wanted["token_logprobs"], abs=1e-3)
+
+
+def test_logprobs_of_an_answer_to_messages():
+    llm = Llama(str(TINY_MODEL), n_ctx=512, logits_all=True, verbose=False)
+    answer = llm.create_chat_completion([{"role": "user", "content": "a"}], max_tokens=3, logprobs=True)
+    tokens = json.loads(json.dumps(answer))["choices"][0]["logprobs"]["content"]
+    assert "".join(token["token"] for token in tokens) == answer["choices"][0]["message"]["content"]
+    assert all(token["logprob"] < 0 for token in tokens)
+
+
+def test_a_bias_and_a_processor_together():
+    """llama_cpp loses both."""
+    llm = Llama(str(TINY_MODEL), n_ctx=256, verbose=False)
+    twice = llama_cpp.LogitsProcessorList([lambda ids, scores: scores * 0])
+    answer = llm.create_completion("a", max_tokens=3, logits_processor=twice, logit_bias={"65": 50.0})
+    assert answer["choices"][0]["text"] == "AAA"
+
+
+def test_a_sampler_does_not_outlive_its_generation():
+    """It would choose for whoever samples next."""
+    llm = Llama(str(TINY_MODEL), n_ctx=256, verbose=False)
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "~"')
+    llm.create_completion("ab", max_tokens=4, grammar=grammar)
+    llm.eval([ord("c")])
+    assert llm.sample(temp=0) != ord("~")
 
 
 def test_draft_model_gives_the_same_text(llm, long_prompt):
@@ -316,6 +395,26 @@ def test_too_many_tokens_are_refused_before_anything_is_read():
     assert llm.n_tokens == 500
     with pytest.raises(ValueError, match=r"Requested tokens \(600\) exceed context window of 512"):
         llm.create_completion("x" * 600)
+
+
+def test_an_adapter_is_used_and_counts_as_another_model(tmp_path):
+    path = str(write_adapter(tmp_path / "adapter.gguf"))
+    arguments = {"n_ctx": 256, "flash_attn": False, "logits_all": True, "verbose": False}
+    tokens = random_tokens(60)
+    plain, ours = (
+        Llama(str(TINY_MODEL), **arguments),
+        Llama(str(TINY_MODEL), **arguments, lora_path=path, lora_scale=2.0),
+    )
+    theirs = llama_cpp.Llama(str(TINY_MODEL), **arguments, lora_path=path, lora_scale=2.0)
+    for llm in (plain, ours, theirs):
+        llm.eval(tokens)
+    assert np.array_equal(ours.scores[:60], theirs.scores[:60])
+    assert relative_error(ours.scores[:60], plain.scores[:60]) > 0.1
+    with pytest.raises(ForeignPromptCacheError, match="made by another model or with other settings"):
+        plain.restore_prompt(ours.copy_prompt())
+    long = Llama(str(TINY_MODEL), n_ctx=1024, verbose=False, lora_path=path)
+    long.eval(random_tokens(700))
+    assert long.rewrite_stats.n_rewrites > 0
 
 
 def test_a_middle_part_cannot_be_removed():

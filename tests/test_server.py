@@ -28,6 +28,7 @@ from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.server.app import create_app
 from selfextend_gguf.server.kept_prompts import KeptPrompts
 from selfextend_gguf.server.models import OneModelAtATime, ServedModel
+from selfextend_gguf.server.requests import CompletionRequest
 from selfextend_gguf.tiny.keys import key_task
 
 COMMAND = [str(Path(sys.executable).with_name("sx-gguf")), "serve"]
@@ -238,6 +239,18 @@ def test_tools_the_model_may_call_are_shown_by_its_template(server):
     assert counts[1] - counts[0] == len("<weather>")
 
 
+def test_every_request_has_a_seed_of_its_own(server):
+    """llama_cpp's are the same ones in every process: fresh servers would give the same answers."""
+    assert len({CompletionRequest(prompt="a", seed=None).seed for _ in range(9)}) == 9
+
+    def answer(**more: int) -> str:
+        body = {"prompt": "And", "max_tokens": 30, "temperature": 2.0, **more}
+        return server.post("/v1/completions", body).json()["choices"][0]["text"]
+
+    assert answer() != answer()
+    assert answer(seed=5) == answer(seed=5)
+
+
 def test_a_grammar(server):
     body = {"prompt": "And", "grammar": 'root ::= "yes" | "no"', "temperature": 0}
     assert server.post("/v1/completions", body).json()["choices"][0]["text"] in ("yes", "no")
@@ -301,6 +314,12 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
         ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: "),
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature: "),
         ("completions", {"prompt": "a", "repeat_penalty": 0}, 400, "repeat_penalty: "),
+        ("completions", {"prompt": "a", "repeat_penalty": 1e-9}, 400, "repeat_penalty must be at least 1e-06"),
+        ("completions", {"prompt": "a", "temperature": 1e300}, 400, "temperature must be at"),
+        ("completions", {"prompt": "a", "top_k": 2**40}, 400, "top_k must be between"),
+        ("completions", {"prompt": "a", "top_k": 2**40, "stream": True}, 400, "top_k must be between"),
+        ("completions", {"prompt": "a", "seed": 10**30}, 400, "seed must be between"),
+        ("completions", {"prompt": "a", "seed": 1.5}, 400, "seed: "),
         ("completions", {"prompt": "a", "n": 2}, 400, "n: Input should be 1"),
         ("completions", {"prompt": "a", "best_of": 3}, 400, "best_of: Input should be 1"),
         ("completions", {"prompt": "a", "logprobs": 2}, 400, "logprobs are not supported"),

@@ -19,6 +19,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from selfextend_gguf._native import schedule_positions, schedule_step
 from selfextend_gguf.errors import PromptCacheError
@@ -109,16 +110,28 @@ class KeptPrompts:
     def _add(self, kept: _Kept) -> None:
         """Keep a copy as the latest used one; the least recently used ones in memory go where there is no room."""
         self._kept.append(kept)
+        self._make_room(0)
+
+    def _make_room(self, n_bytes: int) -> bool:
+        """Drop the least recently used copies in memory until there is room for another; False if there is none."""
         in_memory = [kept for kept in self._kept if isinstance(kept.content, CopiedPrompt)]
-        while self.n_bytes > self._capacity:
+        while not self._has_room(n_bytes):
+            if not in_memory:
+                return False
             self._kept.remove(in_memory.pop(0))
+        return True
+
+    def _has_room(self, n_bytes: int) -> bool:
+        # The capacity is a wish: whoever else takes memory meanwhile does not ask us.
+        return self.n_bytes + n_bytes <= self._capacity and n_bytes <= psutil.virtual_memory().available // 2
 
     def _keep(self, llm: Llama) -> None:
         """Copy the running text, to memory and to the folder."""
         saved = llm.saved_prompt()
         if len(saved.tokens) < _LEAST or any(np.array_equal(kept.saved.tokens, saved.tokens) for kept in self._kept):
             return
-        if llama_cpp.llama_state_seq_get_size(llm.ctx, 0) > self._capacity:
+        n_bytes = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
+        if n_bytes > self._capacity or not self._make_room(n_bytes):
             return
         self._add(_Kept(saved, llm.copy_prompt()))
         if self._folder is not None and not self._read_only:

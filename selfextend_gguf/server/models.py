@@ -34,12 +34,16 @@ class ServedModel:
     def from_file(
         cls, path: Path, alias: str, ctx: int | None, arguments: dict[str, Any], keep: Callable[[], KeptPrompts]
     ) -> ServedModel:
-        """Raises ModelFileError, and ConfigError when the context cannot be reached."""
+        """Raises ModelFileError, ConfigError when the context cannot be reached, and TemplateError."""
         info = ModelInfo(path, verbose=arguments["verbose"])
         parameters = {name: arguments[name] for name in PARAMETERS}
         n_ctx = whole_cells(ctx or default_context(info.n_ctx_train, **parameters))
         plan_if_beyond(info.n_ctx_train, n_ctx, **parameters)
-        formatter = TextFormatter(chat_formatter(info), info.tokenizer) if info.chat_template else None
+        formatter = None
+        if info.chat_template:
+            template = chat_formatter(info)
+            template.check()  # rather now than with each request
+            formatter = TextFormatter(template, info.tokenizer)
         return cls(alias, info, n_ctx, formatter, arguments, keep)
 
     def load(self) -> Llama:

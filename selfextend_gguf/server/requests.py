@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Annotated, Any, Literal
 
-import jinja2
 from llama_cpp.llama_types import ChatCompletionRequestMessage
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from selfextend_gguf.chat_schemas import called_tool, json_format, tool_named, wanted_schemas
+from selfextend_gguf.checks import check_all
 from selfextend_gguf.errors import ConfigError, ContextFullError, GrammarError
 from selfextend_gguf.grammar import check_grammar
 from selfextend_gguf.json_schema.forms import form
+from selfextend_gguf.sampling import COMPLETION
 from selfextend_gguf.server.models import ServedModel
+
+# What pydantic lets through in any size.
+_NUMBERS = {"seed", "temperature", "top_k", "repeat_penalty", "presence_penalty", "frequency_penalty"}
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -38,6 +43,7 @@ class Request(BaseModel):
     repeat_penalty: float = Field(1.0, gt=0, le=10)  # theirs is 1.1, which keeps models from copying numbers
     stop: Text | list[Text] | None = None
     logit_bias: dict[str, Bias] | None = None
+    seed: int | None = Field(default_factory=lambda: secrets.randbits(32))  # theirs would be the same in every process
     stream_options: StreamOptions | None = Field(None, exclude=True)
     # Without an effect on the answer.
     metadata: Any = Field(None, exclude=True)
@@ -162,16 +168,13 @@ class ChatRequest(Request, CreateChatCompletionRequest):
             raise ConfigError(
                 f"the chat template of {model.alias!r} tells the model nothing of tools; name one in tool_choice"
             )
-        try:
-            rendered = model.formatter(
-                messages=self.messages,
-                functions=self.functions,
-                function_call=self.function_call,
-                tools=self.tools,
-                tool_choice=self.tool_choice,
-            )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise ConfigError(f"the model's chat template refuses the messages: {error}") from error
+        rendered = model.formatter(
+            messages=self.messages,
+            functions=self.functions,
+            function_call=self.function_call,
+            tools=self.tools,
+            tool_choice=self.tool_choice,
+        )
         return model.info.tokenizer.tokenize(rendered.prompt.encode())
 
 
@@ -203,6 +206,7 @@ def check_request(body: CompletionRequest | ChatRequest, model: ServedModel) -> 
 
     Raises ContextFullError, GrammarError or ConfigError.
     """
+    check_all(COMPLETION, body.model_dump(include=_NUMBERS))
     n_vocab = model.info.model.n_vocab()
     if body.logit_bias and body.logit_bias_type != "tokens":
         for token in body.logit_bias:

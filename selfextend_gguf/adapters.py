@@ -1,0 +1,36 @@
+"""LoRA adapters, loaded here because llama_cpp takes a null pointer for an adapter."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import llama_cpp
+import llama_cpp._internals as internals
+
+from selfextend_gguf._native import last_error, note_log_errors
+from selfextend_gguf.errors import EngineError, ModelFileError
+from selfextend_gguf.model_info import check_is_gguf
+
+
+def load_adapter(model: internals.LlamaModel, path: str) -> Any:
+    """The llama_adapter_lora of a file; free it before the model. Raises ModelFileError."""
+    check_is_gguf(path)
+    note_log_errors(True)
+    try:
+        adapter = llama_cpp.llama_adapter_lora_init(model.model, os.fsencode(path))
+    finally:
+        note_log_errors(False)
+    if not adapter:  # a pointer object, and never None
+        reason = last_error() or "llama.cpp does not say why"
+        raise ModelFileError(f"{path} is no LoRA adapter for this model: {reason}")
+    return adapter
+
+
+def set_adapter(context: internals.LlamaContext, adapter: Any, scale: float) -> None:
+    """Let a context use an adapter. Raises EngineError."""
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+    scales = (ctypes.c_float * 1)(scale)
+    if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales) != 0:
+        raise EngineError("llama.cpp could not set the LoRA adapter")
