@@ -84,25 +84,32 @@ class Reference:
         out[..., second] = x[..., first] * sin + x[..., second] * cos
         return out
 
-    def _forward(self, tokens: Sequence[int], cache: list[_Layer], attend: Callable[..., Array]) -> Array:
-        """One step over `tokens` after those in `cache` (which grows); logits (len(tokens), n_vocab)."""
+    def _forward(
+        self, tokens: Sequence[int], cache: list[_Layer], attend: Callable[..., Array], n_last: int | None = None
+    ) -> Array:
+        """One step over `tokens` after those in `cache` (which grows); logits (n_last, n_vocab) of the last ones."""
         x = self.weights["token_embd.weight"][np.asarray(tokens)]
         n = len(tokens)
         for i, layer in enumerate(cache):
             h = self._norm(x, f"blk.{i}.attn_norm.weight")
-            q = self._linear(h, f"blk.{i}.attn_q").reshape(n, self.n_head, self.head_dim)
             k = self._linear(h, f"blk.{i}.attn_k").reshape(n, self.n_head_kv, self.head_dim)
             v = self._linear(h, f"blk.{i}.attn_v").reshape(n, self.n_head_kv, self.head_dim)
-            n_cached = len(layer.keys)
             layer.keys = np.concatenate([layer.keys, k])
             layer.values = np.concatenate([layer.values, v])
-            scores = attend(q, layer.keys, n_cached) / np.sqrt(self.head_dim)  # (heads, n, n_total)
-            future = np.arange(n_cached + n)[None, :] > n_cached + np.arange(n)[:, None]
-            scores = np.where(future, -np.inf, scores)
-            p = np.exp(scores - scores.max(-1, keepdims=True))
+            if i == self.n_layer - 1 and n_last is not None:  # nothing else reads the others' outputs
+                x, h = x[n - n_last :], h[n - n_last :]
+            q = self._linear(h, f"blk.{i}.attn_q").reshape(len(h), self.n_head, self.head_dim)
+            n_before = len(layer.keys) - len(q)
+            p = attend(q, layer.keys, n_before)  # scores (heads, len(q), n_total), then probabilities in their place
+            p /= np.sqrt(self.head_dim)
+            future = np.arange(len(layer.keys))[None, :] > n_before + np.arange(len(q))[:, None]
+            np.copyto(p, -np.inf, where=future)
+            p -= p.max(-1, keepdims=True)
+            np.exp(p, out=p)
             p /= p.sum(-1, keepdims=True)
-            values = np.repeat(layer.values, self.n_head // self.n_head_kv, axis=1)
-            a = np.einsum("hqk,khd->qhd", p, values).reshape(n, -1)
+            a = self._by_key_head(p) @ layer.values.transpose(1, 0, 2)  # (heads_kv, queries, head_dim)
+            a = a.reshape(self.n_head, len(q), self.head_dim).transpose(1, 0, 2)
+            a = a.reshape(len(q), self.n_head * self.head_dim)
             x = x + self._linear(a, f"blk.{i}.attn_output")
             h = self._norm(x, f"blk.{i}.ffn_norm.weight")
             gate = self._linear(h, f"blk.{i}.ffn_gate")
@@ -113,8 +120,13 @@ class Reference:
 
     def _scores(self, q: Array, k: Array) -> Array:
         """Scores (heads, n_q, n_k) of rotated q (n_q, heads, d) and k (n_k, heads_kv, d)."""
-        scores: Array = np.einsum("qhd,khd->hqk", q, np.repeat(k, self.n_head // self.n_head_kv, axis=1))
-        return scores
+        scores = self._by_key_head(q.transpose(1, 0, 2)) @ k.transpose(1, 2, 0)
+        return scores.reshape(self.n_head, len(q), len(k))
+
+    def _by_key_head(self, x: Array) -> Array:
+        """(heads, n, d) -> (heads_kv, heads/heads_kv * n, d): what meets the same head of keys, together."""
+        heads, n, d = x.shape
+        return x.reshape(self.n_head_kv, heads // self.n_head_kv * n, d)
 
     def _empty_cache(self) -> list[_Layer]:
         shape = (0, self.n_head_kv, self.head_dim)
@@ -122,12 +134,20 @@ class Reference:
 
     # ---- whole texts -------------------------------------------------------------------------------------------
 
-    def logits(self, tokens: Sequence[int], steps: Sequence[int], schedule: Schedule | SelfExtendConfig) -> Array:
-        """Logits (n_tokens, n_vocab) of `tokens` decoded in `steps` (their sizes), keys positioned by `schedule`.
+    def logits(
+        self,
+        tokens: Sequence[int],
+        steps: Sequence[int],
+        schedule: Schedule | SelfExtendConfig,
+        n_last: int | None = None,
+    ) -> Array:
+        """Logits (n_tokens, n_vocab) of `tokens` decoded in `steps` (their sizes), keys positioned by `schedule`; with
+        `n_last` only those of the last tokens, (n_last, n_vocab).
 
         Queries and the keys of the running step stand at their token index, cached keys at schedule(n0, n1).
         """
         assert sum(steps) == len(tokens)
+        first = 0 if n_last is None else len(tokens) - n_last  # token whose logits are asked for
         positions_of: Schedule = (
             partial(schedule_positions_numpy, schedule) if isinstance(schedule, SelfExtendConfig) else schedule
         )
@@ -142,7 +162,7 @@ class Reference:
                 queries = np.arange(n_cached, n_cached + len(q))
                 return self._scores(self.rotate(q, queries), self.rotate(k, key_positions))
 
-            rows.append(self._forward(tokens[n0:n1], cache, attend))
+            rows.append(self._forward(tokens[n0:n1], cache, attend, min(step, max(0, n1 - first))))
             n0 = n1
         return np.concatenate(rows)
 

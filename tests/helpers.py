@@ -9,8 +9,12 @@ import gguf
 import llama_cpp
 import numpy as np
 
-from selfextend_gguf import SelfExtendConfig, schedule_positions
+from selfextend_gguf import Llama, SelfExtendConfig, schedule_positions
 from selfextend_gguf._native import schedule_step
+from selfextend_gguf.cli.info import describe
+from selfextend_gguf.errors import SelfExtendError
+from selfextend_gguf.kv_cache import KV_TYPES
+from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.reference import Reference
 from selfextend_gguf.tiny.model_file import LlamaShape
 
@@ -86,3 +90,22 @@ def write_adapter(path: Path, *, arch: str = "llama", tensor: str = "blk.0.attn_
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def foreseen(path: str | Path, n_ctx: int, keys: str, values: str) -> str:
+    """What `info` says of a context, for caches of these types."""
+    with ModelInfo(path) as file:
+        return describe(file, n_ctx, {}, keys, values, verbose=False)["explanation"]
+
+
+def happening(path: str | Path, n_ctx: int, keys: str, values: str) -> str:
+    """What `Llama` does, in the words of `info`."""
+    try:
+        llm = Llama(str(path), n_ctx=n_ctx, type_k=KV_TYPES[keys], type_v=KV_TYPES[values], verbose=False)
+    except SelfExtendError as error:
+        return f"not possible: {error}".replace(f" of {n_ctx} tokens for {path}", "")
+    if llm.self_extend is None:
+        return f"not needed: {n_ctx} tokens fit the trained context"
+    if llm._engine.n_layers == 0:
+        return "not needed: layers with RoPE look back a window only, the others use no positions"
+    return str(llm.self_extend)

@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from families import EXTENDED, FAMILIES, write_family
+from helpers import foreseen, happening
 
 from selfextend_gguf import Llama
-from selfextend_gguf.cli.info import describe
 from selfextend_gguf.errors import SelfExtendError
 from selfextend_gguf.kv_cache import KV_TYPES
-from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama
-
-
-def foreseen(path: str | Path, n_ctx: int, keys: str, values: str) -> str:
-    with ModelInfo(path) as file:
-        return describe(file, n_ctx, {}, keys, values, verbose=False)["explanation"]
-
-
-def happening(path: str | Path, n_ctx: int, keys: str, values: str) -> str:
-    """What `Llama` does, in the words of `info`."""
-    try:
-        llm = Llama(str(path), n_ctx=n_ctx, type_k=KV_TYPES[keys], type_v=KV_TYPES[values], verbose=False)
-    except SelfExtendError as error:
-        return f"not possible: {error}".replace(f" of {n_ctx} tokens for {path}", "")
-    if llm.self_extend is None:
-        return f"not needed: {n_ctx} tokens fit the trained context"
-    if llm._engine.n_layers == 0:
-        return "not needed: layers with RoPE look back a window only, the others use no positions"
-    return str(llm.self_extend)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
