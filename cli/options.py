@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from selfextend_gguf._native import restore_log
+from selfextend_gguf.arguments import check_arguments
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED, check_parameters
@@ -191,8 +192,8 @@ def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
 def model_arguments(
     *, threads: int | None, gpu_layers: int, cache_type_k: str, cache_type_v: str, verbose: bool
 ) -> dict[str, Any]:
-    """Arguments of both `Llama` classes from `device_options` and `verbose_option`."""
-    return {
+    """Arguments of both `Llama` classes from `device_options` and `verbose_option`. Raises ConfigError."""
+    arguments = {
         "n_threads": threads,
         "n_threads_batch": threads,
         "n_gpu_layers": gpu_layers,
@@ -200,6 +201,7 @@ def model_arguments(
         "type_v": KV_TYPES[cache_type_v],
         "verbose": verbose,
     }
+    return check_arguments(arguments)  # llama_cpp's own does not
 
 
 def llama_arguments(**options: Any) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
             return bool(self.context_params.attention_type == llama_cpp.LLAMA_ATTENTION_TYPE_CAUSAL)
         return metadata.get(f"{metadata.get('general.architecture')}.attention.causal") != "false"
 
-    # ---- chat --------------------------------------------------------------------------------------
+    # ---- chat ------------------------------------------------------------------------------------------------
 
     # llama_cpp.Llama.__init__ compiles all templates of the metadata, whatever that takes. It is shown none.
     @property
@@ -345,6 +345,7 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
 
     def _eval_step(self, tokens: Sequence[int]) -> None:
         begin, end = self.n_tokens, self.n_tokens + len(tokens)
+        self._requires_eval = True  # until it is done
         self._batch.set_batch(batch=tokens, n_past=begin, logits_all=self._logits_all)
         try:
             self._ctx.decode(self._batch)
