@@ -168,7 +168,8 @@ class Tokenizer(BaseLlamaTokenizer):
     @cached_property
     def _can_add_special(self) -> bool:
         """Whether all tokens exist that llama.cpp would put around a text: it asserts that they do."""
-        vocab, is_wpm = self._vocab, self._model.vocab_type() == llama_cpp.LLAMA_VOCAB_TYPE_WPM
+        vocab = self._vocab
+        is_wpm = llama_cpp.llama_vocab_type(vocab) == llama_cpp.LLAMA_VOCAB_TYPE_WPM
         wanted = [
             (llama_cpp.llama_vocab_bos, is_wpm or llama_cpp.llama_vocab_get_add_bos(vocab)),
             (llama_cpp.llama_vocab_eos, not is_wpm and llama_cpp.llama_vocab_get_add_eos(vocab)),
@@ -248,7 +249,7 @@ class Tokenizer(BaseLlamaTokenizer):
 
     @cached_property
     def _splits_numbers_from_their_end(self) -> bool:
-        return self._model.metadata().get("tokenizer.ggml.pre") == "superbpe"
+        return bool(self._vocab) and self._model.metadata().get("tokenizer.ggml.pre") == "superbpe"
 
     def _call(self, text: bytes, special: bool, add_special: bool) -> list[int]:
         stack = self._stack_for(text)
@@ -256,7 +257,7 @@ class Tokenizer(BaseLlamaTokenizer):
 
     def _stack_for(self, text: bytes) -> int:
         """Bytes of stack to tokenize a text with, of which few are used nearly always; 0 = whatever the thread has."""
-        if len(text) <= _SHORT_MATCH or self._model.vocab_type() != llama_cpp.LLAMA_VOCAB_TYPE_BPE:
+        if len(text) <= _SHORT_MATCH or llama_cpp.llama_vocab_type(self._vocab) != llama_cpp.LLAMA_VOCAB_TYPE_BPE:
             return 0
         longest = _native.longest_match(text)
         if longest <= _SHORT_MATCH:
@@ -320,8 +321,9 @@ class Tokenizer(BaseLlamaTokenizer):
         return piece
 
     def _look_up_piece(self, token: int, special: bool) -> bytes:
-        if not 0 <= token < self._model.n_vocab():
-            raise TextError(f"{token} is no token of the model (0 to {self._model.n_vocab() - 1})")
+        n_vocab = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        if not 0 <= token < n_vocab:
+            raise TextError(f"{token} is no token of the model (0 to {n_vocab - 1})")
         size = 32
         while True:
             buffer = ctypes.create_string_buffer(size)

@@ -280,15 +280,23 @@ def test_half_a_character_is_an_error(chatml, opened):
         info.tokenizer.tokens("ab\udcff")
     with pytest.raises(TextError, match="half a character"):
         llm.create_completion("ab\udcff")
+    with pytest.raises(TextError, match="half a character"):
+        llm.create_chat_completion([{"role": "user", "content": "ab\udcff"}])
     result = invoke("run", chatml, "ab\udcff")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
 
 
 def test_a_closed_model_is_an_error(chatml):
-    info = ModelInfo(chatml)
-    info.close()
-    with pytest.raises(SelfExtendError, match="closed"):
-        info.tokenizer.tokens("hello")
+    with ModelInfo(chatml) as info:
+        pass
+    for use in (
+        lambda tokenizer: tokenizer.tokens("hello"),
+        lambda tokenizer: tokenizer.tokenize(b"x" * 1000),
+        lambda tokenizer: tokenizer.detokenize([97]),
+        lambda tokenizer: tokenizer.mark("<s>"),
+    ):
+        with pytest.raises(SelfExtendError, match="the model is closed"):
+            use(info.tokenizer)
 
 
 def test_tokens_that_do_not_exist_and_tokens_that_are_long(chatml, opened):
