@@ -19,7 +19,7 @@ from json_schema_suite import KEPT, REFUSED
 from jsonschema import Draft202012Validator
 
 from selfextend_gguf import Llama
-from selfextend_gguf.errors import GrammarError
+from selfextend_gguf.errors import ConfigError, GrammarError
 from selfextend_gguf.json_schema import formats, rewriting
 from selfextend_gguf.json_schema.forms import byte_vocabulary, form, matcher
 from selfextend_gguf.models import TINY_MODEL
@@ -390,7 +390,7 @@ HOSTILE = {
 def test_hostile_schemas_are_taken_or_refused_within_seconds(name):
     code = (
         "import json, sys, resource; resource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
-        "from selfextend_gguf.errors import GrammarError\n"
+        "from selfextend_gguf.errors import ConfigError, GrammarError\n"
         "from selfextend_gguf.json_schema.forms import byte_vocabulary, form, matcher\n"
         "try: following = matcher(form(json.load(sys.stdin)), byte_vocabulary())\n"
         "except GrammarError as error: sys.exit(f'refused: {error}'[:500])\n"
@@ -533,14 +533,31 @@ def test_plain_text_is_asked_for_by_name(llm):
 
 
 def test_samplers_that_leave_no_token_end_in_an_error(llm):
-    nothing = llama_cpp.LogitsProcessorList([lambda ids, scores: np.full_like(scores, -np.inf)])
-    with pytest.raises(GrammarError, match="the JSON schema allows no token here"):
-        llm.create_chat_completion(
-            ASK,
-            response_format={"type": "json_object", "schema": {"type": "integer"}},
-            logits_processor=nothing,
-            max_tokens=20,
-        )
+    """None at all, or letters alone where a number has to come."""
+
+    def nothing(_, scores):
+        return np.full_like(scores, -np.inf)
+
+    def letters(_, scores):
+        scores = np.full_like(scores, -np.inf)
+        scores[ord("a") : ord("z") + 1] = 0.0
+        return scores
+
+    for processor, error, words in (
+        (
+            lambda _, scores: np.full_like(scores, -np.inf),
+            ConfigError,
+            "the logits processors leave no token to choose",
+        ),
+        (letters, GrammarError, "the JSON schema allows no token here"),
+    ):
+        with pytest.raises(error, match=words):
+            llm.create_chat_completion(
+                ASK,
+                response_format={"type": "json_object", "schema": {"type": "integer"}},
+                logits_processor=llama_cpp.LogitsProcessorList([processor]),
+                max_tokens=20,
+            )
 
 
 def test_llama_cpps_own_llama_and_grammars_are_as_they_were(llm):
