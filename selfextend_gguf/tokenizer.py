@@ -277,8 +277,11 @@ class Tokenizer(BaseLlamaTokenizer):
 
         The first character of each text of such a token is replaced by a stand-in, a character that occurs nowhere, so
         that a template renders the copy as it would the original. `tokens` takes what it renders, with the marks.
+        Raises TextError.
         """
         texts = list(_texts_in(value))
+        for text in texts:
+            encode(text)
         if not any(self._starts(text) for text in texts):
             return value, NO_MARKS
         stand_ins = _unused_characters(len(self._firsts), texts)
