@@ -341,6 +341,7 @@ def test_ctrl_c_while_reading_stops_at_once(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         pass_fds=[tell],
+        cwd=tmp_path,  # not the source tree, where `selfextend_gguf.cli` is a folder `cli`
     )
     os.close(tell)
     with os.fdopen(told, "rb") as beginning:
