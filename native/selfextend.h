@@ -134,7 +134,8 @@ SX_API void sx_engine_free(sx_engine * engine);
 SX_API bool sx_engine_eval_callback(struct ggml_tensor * node, bool ask, void * engine);
 
 /*
- * Find every layer's keys and RoPE by one warm-up decode, then clear the memory of ctx.
+ * Find every layer's keys and RoPE by decoding a token, verify them by decoding another one and by rotating keys of the
+ * first 192 cells, then clear the memory of ctx.
  *   SX_OK          the engine holds 0 tokens and is ready
  *   SX_ERR_MODEL   sx_last_error() says why it cannot be extended; ctx stays usable for other purposes
  *   SX_ERR_DECODE, SX_ERR_MEMORY, SX_ERR_DEVICE   likewise

@@ -160,6 +160,10 @@ static void test_free(struct test * t) {
 
 static int test_init(struct test * t, const struct sx_layer * layer, struct sx_device * device, int n_threads) {
     const int64_t n = layer->keys->ne[0];
+    if (layer->keys->ne[1] < N_CELLS) {
+        return sx_fail(SX_ERR_MODEL, "the context is too small to be tried: %lld tokens, not %d",
+                (long long) layer->keys->ne[1], N_CELLS);
+    }
     *t = (struct test) { .layer = layer, .exact = *layer, .device = device, .n_threads = n_threads, .n = n };
     t->ctx = ggml_init((struct ggml_init_params) { .mem_size = ggml_tensor_overhead(), .no_alloc = true });
     if (t->ctx) {
@@ -279,7 +283,7 @@ static int verify_layer(
     if (layer->rope.n_dims == 0) {
         return compare(layer, a->row, b->row, a->row, noise);
     }
-    struct test t;
+    struct test t = { 0 };
     int status = test_init(&t, layer, &layers->device[layer->device], n_threads);
     status = status ? status : verify_rotation(&t, a->row, b->row, noise);
     status = status ? status : verify_cache(&t);

@@ -95,6 +95,7 @@ class Family:
     optional: tuple[str, ...] = ()  # patterns of tensors it has and others of its architecture have not
     fused_qkv: bool = False  # one matrix for queries, keys and values, where llama.cpp takes both forms
     gain: float = 1.5  # of queries and keys: attention far from uniform, so that positions matter
+    tried: str = ""  # published file of this family that tests/test_real_models.py tries, and the layers rewritten
 
     @property
     def arch(self) -> str:
@@ -208,7 +209,7 @@ NORM_BIAS = ("*norm*.bias",)
 FACTORS = ("rope_f*",)
 
 EXTENDED = (
-    family("llama", "neighbouring pairs"),
+    family("llama", "neighbouring pairs", tried="SmolLM2-135M-Instruct.Q4_1: 30 of 30"),
     family("llama (Llama 3)", "frequency factors", replace(NORM, base=5e5, factors=STRETCHED), optional=FACTORS),
     family("llama (linear scaling)", "positions divided by 4", replace(NORM, freq_scale=0.25)),
     family("llama (YaRN)", "keys longer by YaRN's magnitude", replace(YARN, base=50.0), k_shift=False),
@@ -244,6 +245,7 @@ EXTENDED = (
         replace(NEOX, base=1e6, freq_scale=0.125),
         LOCAL_BASE,
         kinds="LLLLLR",
+        tried="gemma-3-270m-q4_k_m: 3 of 18",
     ),
     family(
         "gemma3n",

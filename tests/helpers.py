@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import gguf
@@ -104,8 +105,9 @@ def happening(path: str | Path, n_ctx: int, keys: str, values: str) -> str:
         llm = Llama(str(path), n_ctx=n_ctx, type_k=KV_TYPES[keys], type_v=KV_TYPES[values], verbose=False)
     except SelfExtendError as error:
         return f"not possible: {error}".replace(f" of {n_ctx} tokens for {path}", "")
-    if llm.self_extend is None:
-        return f"not needed: {n_ctx} tokens fit the trained context"
-    if llm._engine.n_layers == 0:
-        return "not needed: layers with RoPE look back a window only, the others use no positions"
-    return str(llm.self_extend)
+    with closing(llm):
+        if llm.self_extend is None:
+            return f"not needed: {n_ctx} tokens fit the trained context"
+        if llm._engine.n_layers == 0:
+            return "not needed: layers with RoPE look back a window only, the others use no positions"
+        return str(llm.self_extend)

@@ -103,7 +103,7 @@ def parse(arguments: list[str]) -> None:
     command: click.Command = main
     while isinstance(command, click.Group) and arguments:
         command = command.commands[arguments.pop(0)]
-    command.make_context(command.name, arguments)
+    command.make_context(command.name, arguments, **main.context_settings)  # click keeps the first -h
 
 
 @pytest.fixture

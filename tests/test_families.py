@@ -12,7 +12,7 @@ from families import EXTENDED, FAMILIES, REFUSED, Family
 from helpers import random_tokens, relative_error
 from kv_state import read_keys, write_keys
 from llama_cpp._internals import LlamaModel
-from models_table import DOCUMENT, document
+from models_table import DOCUMENT, current_published, document
 from oracle import Verdict, decode, examine, get_state, load, new_context, set_state, turn
 
 TOKENS = random_tokens(24)  # more than a sliding window
@@ -45,7 +45,7 @@ def test_refused_families_say_why(family, verdict_of):
 
 
 def test_the_documentation_says_what_the_engine_does(verdict_of):
-    assert DOCUMENT.read_text(encoding="utf-8") == document(verdict_of)
+    assert DOCUMENT.read_text(encoding="utf-8") == document(verdict_of, current_published())
 
 
 # ---- what the families declare -----------------------------------------------------------------------------------
