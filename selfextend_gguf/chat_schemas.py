@@ -10,6 +10,7 @@ from typing import Any
 from llama_cpp import llama_chat_format
 from llama_cpp.llama_grammar import JSON_GBNF, LlamaGrammar, json_schema_to_gbnf
 
+from selfextend_gguf.checks import shown
 from selfextend_gguf.errors import GrammarError
 
 _ANY_OBJECT = {"type": "object"}
@@ -30,16 +31,40 @@ def json_format(response_format: Any) -> dict[str, Any] | None:
     return {"type": "json_object", "schema": wanted["schema"]}
 
 
+def _named(what: str, value: Any) -> dict[str, Any]:
+    """A description of a function, which has a name. Raises GrammarError."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise GrammarError(f"{what} must be an object with a name, not {shown(value)}")
+    return value
+
+
+def _listed(what: str, values: Any) -> list[Any]:
+    if values is not None and not isinstance(values, (list, tuple)):
+        raise GrammarError(f"{what} must be a list, not {shown(values)}")
+    return list(values or [])
+
+
+def _known_tools(tools: Any, functions: Any) -> list[dict[str, Any]]:
+    """Names, descriptions and parameters of what may be called."""
+    inner = [tool.get("function") if isinstance(tool, dict) else tool for tool in _listed("tools", tools)]
+    return [
+        *(_named(f"tools[{i}].function", function) for i, function in enumerate(inner)),
+        *(_named(f"functions[{i}]", function) for i, function in enumerate(_listed("functions", functions))),
+    ]
+
+
 def called_tool(tool_choice: Any, function_call: Any) -> str | None:
     """Name of the tool that must be called."""
-    choice = function_call or tool_choice
-    return choice.get("function", choice)["name"] if isinstance(choice, dict) else None
-
-
-def tool_named(name: str, tools: Any, functions: Any) -> dict[str, Any] | None:
-    """A tool's name, description and parameters."""
-    known = [tool["function"] for tool in tools or []] + list(functions or [])
-    return next((function for function in known if function["name"] == name), None)
+    chosen = []
+    for what, choice, words in (
+        ("function_call", function_call, ("none", "auto")),
+        ("tool_choice", tool_choice, ("none", "auto", "required")),
+    ):
+        if isinstance(choice, dict):
+            chosen.append(str(_named(what, choice.get("function", choice))["name"]))
+        elif choice is not None and choice not in words:
+            raise GrammarError(f"{what} must be {', '.join(words)} or name a function, not {shown(choice)}")
+    return chosen[0] if chosen else None
 
 
 def wanted_schemas(
@@ -47,14 +72,18 @@ def wanted_schemas(
 ) -> list[Any]:
     """The schemas that an answer has to fit: of the response format, of a tool that must be called.
 
-    Raises GrammarError for a tool without parameters.
+    Raises GrammarError for tools and choices of another shape than OpenAI's, for a choice that is not among the tools,
+    and for a chosen one without parameters.
     """
     schemas = []
     if isinstance(response_format, dict) and response_format["type"] == "json_object":
         schemas.append(response_format.get("schema", _ANY_OBJECT))
+    known = _known_tools(tools, functions)
     name = called_tool(tool_choice, function_call)
-    tool = None if name is None else tool_named(name, tools, functions)
-    if tool is not None:
+    if name is not None:
+        tool = next((function for function in known if function["name"] == name), None)
+        if tool is None:
+            raise GrammarError(f"tool_choice names {name!r}, which is not among the tools")
         if "parameters" not in tool:
             raise GrammarError(f"the tool {name!r} has no parameters")
         schemas.append(tool["parameters"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -515,12 +516,25 @@ def test_chat_formats_with_converters_of_their_own(llm, format_name, monkeypatch
         ({"response_format": {"type": "xml"}}, "must be text, json_object or json_schema"),
         ({"functions": [{"name": "f", "parameters": {"if": {}}}], "function_call": {"name": "f"}}, "'if' is not"),
         ({"functions": [{"name": "f"}], "function_call": {"name": "f"}}, "the tool 'f' has no parameters"),
+        ({"functions": 5}, "functions must be a list, not 5"),
+        ({"functions": [5]}, "functions[0] must be an object with a name, not 5"),
+        ({"function_call": 5}, "function_call must be none, auto or name a function, not 5"),
+        ({"function_call": {"name": "f"}}, "'f', which is not among the tools"),
+        ({"tools": "f"}, "tools must be a list, not 'f'"),
+        ({"tools": [5]}, "tools[0].function must be an object with a name, not 5"),
+        ({"tools": [{}]}, "tools[0].function must be an object with a name, not None"),
+        ({"tools": [{"function": {"name": 5}}]}, "tools[0].function must be an object with a name, not {'name': 5}"),
+        ({"tools": [TOOL], "tool_choice": "x"}, "tool_choice must be none, auto, required or name a function, not 'x'"),
+        ({"tools": [TOOL], "tool_choice": []}, "tool_choice must be none, auto, required or name a function, not []"),
+        ({"tools": [TOOL], "tool_choice": {}}, "tool_choice must be an object with a name, not {}"),
+        ({"tools": [TOOL], "tool_choice": {"function": 5}}, "tool_choice must be an object with a name, not 5"),
+        ({"tools": [TOOL], "tool_choice": {"function": {"name": "x"}}}, "'x', which is not among the tools"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_chat_refuses_before_it_reads(llm, asked, message, stream):
     llm.reset()
-    with pytest.raises(GrammarError, match=message.replace("(", "\\(")):
+    with pytest.raises(GrammarError, match=re.escape(message)):
         llm.create_chat_completion(ASK, stream=stream, **asked)
     assert llm.n_tokens == 0
 

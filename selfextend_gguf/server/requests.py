@@ -10,7 +10,7 @@ from llama_cpp.llama_types import ChatCompletionRequestMessage
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from selfextend_gguf.chat_schemas import called_tool, json_format, tool_named, wanted_schemas
+from selfextend_gguf.chat_schemas import called_tool, json_format, wanted_schemas
 from selfextend_gguf.checks import check_all
 from selfextend_gguf.errors import ConfigError, ContextFullError, GrammarError
 from selfextend_gguf.grammar import check_grammar
@@ -136,19 +136,11 @@ class ChatRequest(Request, CreateChatCompletionRequest):
     @model_validator(mode="after")
     def _refuse_what_would_be_ignored(self) -> ChatRequest:
         _refuse_what_both_would_ignore(self)
-        called = self._called
-        if called is not None and tool_named(called, self.tools, self.functions) is None:
-            raise ValueError(f"tool_choice names {called!r}, which is not among the tools")
         if len(self.schemas()) + (self.grammar is not None) > 1:
             raise ValueError("only one of grammar, response_format and a tool to call can give the form of the answer")
         if isinstance(self.tool_choice, str) and self.tool_choice == "required":
             raise ValueError('tool_choice "required" without tools')
         return self
-
-    @property
-    def _called(self) -> str | None:
-        """Name of the tool that must be called."""
-        return called_tool(self.tool_choice, self.function_call)
 
     def schemas(self) -> list[Any]:
         """The JSON schemas that the answer has to fit. Raises GrammarError."""
@@ -164,7 +156,8 @@ class ChatRequest(Request, CreateChatCompletionRequest):
         """The tokens of the messages in the model's chat template. Raises ConfigError."""
         if model.formatter is None:
             raise ConfigError(f"the model {model.alias!r} has no chat template; use /v1/completions")
-        if (self.tools or self.functions) and self._called is None and "tools" not in (model.info.chat_template or ""):
+        called = called_tool(self.tool_choice, self.function_call)
+        if (self.tools or self.functions) and called is None and "tools" not in (model.info.chat_template or ""):
             raise ConfigError(
                 f"the chat template of {model.alias!r} tells the model nothing of tools; name one in tool_choice"
             )
