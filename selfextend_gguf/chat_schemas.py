@@ -53,18 +53,19 @@ def _known_tools(tools: Any, functions: Any) -> list[dict[str, Any]]:
     ]
 
 
+def _chosen(what: str, choice: Any, words: tuple[str, ...]) -> str | None:
+    if isinstance(choice, dict):
+        return str(_named(what, choice.get("function", choice))["name"])
+    if choice is not None and choice not in words:
+        raise GrammarError(f"{what} must be {', '.join(words)} or name a function, not {shown(choice)}")
+    return None
+
+
 def called_tool(tool_choice: Any, function_call: Any) -> str | None:
-    """Name of the tool that must be called."""
-    chosen = []
-    for what, choice, words in (
-        ("function_call", function_call, ("none", "auto")),
-        ("tool_choice", tool_choice, ("none", "auto", "required")),
-    ):
-        if isinstance(choice, dict):
-            chosen.append(str(_named(what, choice.get("function", choice))["name"]))
-        elif choice is not None and choice not in words:
-            raise GrammarError(f"{what} must be {', '.join(words)} or name a function, not {shown(choice)}")
-    return chosen[0] if chosen else None
+    """Name of the tool that must be called; `function_call` goes before `tool_choice`, as in llama_cpp."""
+    tool = _chosen("tool_choice", tool_choice, ("none", "auto", "required"))
+    function = _chosen("function_call", function_call, ("none", "auto"))
+    return tool if function_call is None else function
 
 
 def wanted_schemas(
