@@ -238,7 +238,7 @@ def open_reader(
     arguments = {"verbose": False, **arguments}
     if method in SCHEDULES:
         return LlamaReader(Llama(model_path, n_ctx=n_tokens, schedule=method, **(parameters or {}), **arguments))
-    with ModelInfo(model_path) as info:
+    with ModelInfo(model_path, kv_overrides=arguments.get("kv_overrides")) as info:
         n_ctx_train, base, n_rot, bos = info.n_ctx_train, info.rope_base, info.n_rot, info.tokenizer.bos
     n_ctx = {"window": n_ctx_train, "loop": n_tokens + _LOOP_ROOM}.get(method, n_tokens)
     if method in _STRETCHED:
