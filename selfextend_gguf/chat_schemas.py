@@ -84,7 +84,8 @@ def wanted_schemas(
     if name is not None:
         tool = next((function for function in known if function["name"] == name), None)
         if tool is None:
-            raise GrammarError(f"tool_choice names {name!r}, which is not among the tools")
+            chooser = "tool_choice" if function_call is None else "function_call"
+            raise GrammarError(f"{chooser} names {name!r}, which is not among the tools")
         if "parameters" not in tool:
             raise GrammarError(f"the tool {name!r} has no parameters")
         schemas.append(tool["parameters"])

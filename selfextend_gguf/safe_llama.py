@@ -203,6 +203,8 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         messages, and what `create_completion` raises.
         """
         check_messages(messages)
+        # Arguments by name, however they were given.
+        kwargs = inspect.signature(super().create_chat_completion).bind(messages, *args, **kwargs).arguments
         if kwargs.get("logprobs") and kwargs.get("top_logprobs") is None:
             kwargs["top_logprobs"] = 0  # theirs would leave out those of the answer's own tokens too
         if "response_format" in kwargs:
@@ -210,7 +212,7 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         asked = ("response_format", "tools", "tool_choice", "functions", "function_call")
         for schema in wanted_schemas(**{name: kwargs.get(name) for name in asked}):
             form(schema)  # before anything is read
-        return super().create_chat_completion(messages, *args, **kwargs)
+        return super().create_chat_completion(**kwargs)
 
     @takes_turn
     def close(self) -> None:

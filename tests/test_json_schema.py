@@ -519,7 +519,7 @@ def test_chat_formats_with_converters_of_their_own(llm, format_name, monkeypatch
         ({"functions": 5}, "functions must be a list, not 5"),
         ({"functions": [5]}, "functions[0] must be an object with a name, not 5"),
         ({"function_call": 5}, "function_call must be none, auto or name a function, not 5"),
-        ({"function_call": {"name": "f"}}, "'f', which is not among the tools"),
+        ({"function_call": {"name": "f"}}, "function_call names 'f', which is not among the tools"),
         ({"tools": "f"}, "tools must be a list, not 'f'"),
         ({"tools": [5]}, "tools[0].function must be an object with a name, not 5"),
         ({"tools": [{}]}, "tools[0].function must be an object with a name, not None"),
@@ -528,7 +528,10 @@ def test_chat_formats_with_converters_of_their_own(llm, format_name, monkeypatch
         ({"tools": [TOOL], "tool_choice": []}, "tool_choice must be none, auto, required or name a function, not []"),
         ({"tools": [TOOL], "tool_choice": {}}, "tool_choice must be an object with a name, not {}"),
         ({"tools": [TOOL], "tool_choice": {"function": 5}}, "tool_choice must be an object with a name, not 5"),
-        ({"tools": [TOOL], "tool_choice": {"function": {"name": "x"}}}, "'x', which is not among the tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {"function": {"name": "x"}}},
+            "tool_choice names 'x', which is not among the tools",
+        ),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -537,6 +540,13 @@ def test_a_chat_refuses_before_it_reads(llm, asked, message, stream):
     with pytest.raises(GrammarError, match=re.escape(message)):
         llm.create_chat_completion(ASK, stream=stream, **asked)
     assert llm.n_tokens == 0
+
+
+def test_arguments_by_place_are_checked_too(llm):
+    with pytest.raises(GrammarError, match="functions must be a list, not 5"):
+        llm.create_chat_completion(ASK, 5)
+    with pytest.raises(TypeError, match="multiple values"):
+        llm.create_chat_completion(ASK, None, functions=None)
 
 
 def test_plain_text_is_asked_for_by_name(llm):
