@@ -36,11 +36,14 @@ from .options import (
     context_option,
     device_options,
     llama_arguments,
+    loading_options,
     model_argument,
     prompt_cache_options,
     sampling_options,
     self_extend_options,
+    take_loading,
     take_sampling,
+    take_system,
     text_options,
     verbose_option,
 )
@@ -59,6 +62,7 @@ _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 @self_extend_options
 @sampling_options
 @device_options
+@loading_options
 @prompt_cache_options
 @verbose_option
 def chat(
@@ -86,11 +90,13 @@ def chat(
         printf 'Hello!\\n/save hello.json\\n' | sx-gguf chat model.gguf
     """
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    sampling = take_sampling(options)
+    system = take_system(options, system)
+    loading = take_loading(options)
     cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
     with ModelInfo(model, verbose=options["verbose"]) as info:
+        sampling = take_sampling(options, info)
         # The seed is that of a sequence of answers; given to each answer, it would make /regen repeat itself.
-        llm = open_llama(info, ctx, cache, n_batch=batch_size, seed=seed, **llama_arguments(**options))
+        llm = open_llama(info, ctx, cache, n_batch=batch_size, seed=seed, **loading, **llama_arguments(**options))
         try:
             cache.load(llm)
             conversation = Conversation(llm, info, system=system, raw=raw, special=special)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from llama_cpp.llama_grammar import LlamaGrammar
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from selfextend_gguf._native import restore_log
 from selfextend_gguf.arguments import check_arguments
+from selfextend_gguf.chat_schemas import SchemaGrammar
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.kv_cache import KV_TYPES
+from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED, check_parameters
+from selfextend_gguf.sampling import end_tokens
 from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
+
+from .texts import read_text
 
 T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -128,7 +137,18 @@ text_options = _combine(
     click.option("--raw", is_flag=True, help="Leave out the model's chat template."),
     click.option("--special", is_flag=True, help="Recognise special tokens in texts too, such as <|im_end|>."),
     click.option("--system", help="System message for the chat template."),
+    click.option(
+        "-sysf", "--system-prompt-file", type=click.Path(path_type=Path), help="UTF-8 text file of the system message."
+    ),
 )
+
+
+def take_system(options: dict[str, Any], system: str | None) -> str | None:
+    """The system message, from --system or the file of -sysf, which is taken out of `options`."""
+    file: Path | None = options.pop("system_prompt_file")
+    at_most_one({"--system": system, "-sysf": file})
+    return system if file is None else read_text(file)
+
 
 cache_type_options = _combine(
     click.option(
@@ -178,15 +198,146 @@ sampling_options = _combine(
         "--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Least relative probability."
     ),
     click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty on repeated tokens."),
+    click.option(
+        "--repeat-last-n",
+        type=click.IntRange(0),
+        default=64,
+        show_default=True,
+        help="Latest tokens that the penalties look at; 0 = none.",
+    ),
+    click.option(
+        "--presence-penalty", type=float, default=0.0, show_default=True, help="Penalty on tokens that occurred."
+    ),
+    click.option(
+        "--frequency-penalty", type=float, default=0.0, show_default=True, help="The same, times how often they did."
+    ),
+    click.option(
+        "--typical",
+        type=click.FloatRange(0, 1),
+        default=1.0,
+        show_default=True,
+        help="Locally typical sampling; 1 = off.",
+    ),
+    click.option(
+        "--mirostat",
+        type=click.IntRange(0, 2),
+        default=0,
+        show_default=True,
+        help="Mirostat 1 or 2 in place of top-k, top-p, min-p and typical; 0 = off.",
+    ),
+    click.option(
+        "--mirostat-lr", type=click.FloatRange(0), default=0.1, show_default=True, help="Learning rate of Mirostat."
+    ),
+    click.option(
+        "--mirostat-ent", type=click.FloatRange(0), default=5.0, show_default=True, help="Entropy Mirostat aims at."
+    ),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        metavar="TOKEN+BIAS",
+        help="Make a token, given by its number, likelier (15043+1) or less likely (15043-1); several times.",
+    ),
+    click.option("--ignore-eos", is_flag=True, help="Never choose a token that ends the answer."),
+    click.option("--grammar", help="Grammar (GBNF) that answers follow."),
+    click.option("--grammar-file", type=click.Path(path_type=Path), help="File with such a grammar."),
+    click.option("-j", "--json-schema", help="JSON schema that answers fit; {} = any object."),
+    click.option("-jf", "--json-schema-file", type=click.Path(path_type=Path), help="File with such a schema."),
     # llama_cpp.Llama would take the same seed every time.
     click.option("--seed", type=int, default=lambda: secrets.randbits(31), help="Seed of the sampler [random]."),
 )
 
+_SAMPLING = {  # arguments of `create_completion`, and the options that give them
+    "temperature": "temp",
+    "typical_p": "typical",
+    "mirostat_mode": "mirostat",
+    "mirostat_eta": "mirostat_lr",
+    "mirostat_tau": "mirostat_ent",
+} | {name: name for name in ("top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")}
+_BIAS = re.compile(r"([0-9]+)([+-](?:[0-9.]+|inf))")
 
-def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """Move the values of `sampling_options`, except the seed, into arguments of `create_completion`."""
-    names = {"temperature": "temp"} | {name: name for name in ("top_k", "top_p", "min_p", "repeat_penalty")}
-    return {argument: options.pop(name) for argument, name in names.items()}
+
+def take_sampling(options: dict[str, Any], info: ModelInfo) -> dict[str, Any]:
+    """Move the values of `sampling_options`, but for the seed and --repeat-last-n, into arguments of
+    `create_completion`. UsageError, GrammarError."""
+    sampling = {argument: options.pop(name) for argument, name in _SAMPLING.items()}
+    bias = dict(map(_bias, options.pop("logit_bias")))
+    if options.pop("ignore_eos"):
+        bias |= dict.fromkeys(end_tokens(info.model), -math.inf)
+    return sampling | {"logit_bias": bias or None, "grammar": _take_grammar(options)}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    parts = _BIAS.fullmatch(text)
+    try:
+        return int(parts[1]), float(parts[2])  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise click.BadParameter(f"--logit-bias must be like 15043+1 or 15043-inf, not {text!r}") from None
+
+
+def _take_grammar(options: dict[str, Any]) -> LlamaGrammar | None:
+    names = ("grammar", "grammar_file", "json_schema", "json_schema_file")
+    grammar, grammar_file, schema, schema_file = given = [options.pop(name) for name in names]
+    at_most_one({f"--{name.replace('_', '-')}": value for name, value in zip(names, given, strict=True)})
+    if grammar_file is not None:
+        grammar = read_text(grammar_file)
+    if grammar is not None:
+        return LlamaGrammar.from_string(grammar, verbose=False)
+    if schema_file is not None:
+        schema = read_text(schema_file)
+    if schema is None:
+        return None
+    try:
+        wanted = json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"the JSON schema is no JSON: {error}") from error
+    return SchemaGrammar(json.dumps({"type": "object"} if wanted == {} else wanted))
+
+
+loading_options = _combine(
+    click.option(
+        "-fa",
+        "--flash-attn",
+        type=click.Choice(["on", "off", "auto"]),
+        default="auto",
+        show_default=True,
+        help="Flash attention.",
+    ),
+    click.option("--mlock", is_flag=True, help="Keep the model in memory, never in swap."),
+    click.option("--no-mmap", is_flag=True, help="Read the model file instead of mapping it into memory."),
+    click.option("--lora", type=click.Path(path_type=Path), help="LoRA adapter (GGUF) for the model."),
+    click.option("--lora-scaled", metavar="FILE:SCALE", help="The same, with a factor."),
+    click.option(
+        "--draft",
+        type=click.Choice(["lookup"]),
+        help="Guess tokens that follow where the latest ones occurred before: faster where answers repeat the text.",
+    ),
+)
+
+
+def take_loading(options: dict[str, Any]) -> dict[str, Any]:
+    """Move the values of `loading_options` and --repeat-last-n into arguments of our `Llama`. ConfigError."""
+    lora, scaled = options.pop("lora"), options.pop("lora_scaled")
+    at_most_one({"--lora": lora, "--lora-scaled": scaled})
+    path, scale = (None if lora is None else str(lora)), 1.0
+    if scaled is not None:
+        path, _, factor = scaled.rpartition(":")
+        try:
+            scale = float(factor)
+        except ValueError:
+            path = ""
+        if not path:
+            raise click.UsageError(f"--lora-scaled must be like adapter.gguf:0.5, not {scaled!r}")
+    return check_arguments(
+        {
+            "flash_attn": {"on": True, "off": False, "auto": None}[options.pop("flash_attn")],
+            "use_mlock": options.pop("mlock"),
+            "use_mmap": not options.pop("no_mmap"),
+            "lora_path": path,
+            "lora_scale": scale,
+            "last_n_tokens_size": options.pop("repeat_last_n"),
+            "draft_model": LlamaPromptLookupDecoding() if options.pop("draft") else None,
+        }
+    )
 
 
 def model_arguments(

@@ -25,11 +25,14 @@ from .options import (
     at_most_one,
     device_options,
     llama_arguments,
+    loading_options,
     model_argument,
     prompt_cache_options,
     sampling_options,
     self_extend_options,
+    take_loading,
     take_sampling,
+    take_system,
     text_options,
     verbose_option,
 )
@@ -50,6 +53,7 @@ from .texts import before_question, read_standard_input, read_text
 @self_extend_options
 @sampling_options
 @device_options
+@loading_options
 @prompt_cache_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record instead of streaming the text.")
 @click.option("--timings", is_flag=True, help="Print speeds on standard error.")
@@ -92,8 +96,10 @@ def run(
         context = click.get_current_context()
         context.invoke(chat, **{p.name: context.params[p.name] for p in chat.params if p.name in context.params})
         return
-    sampling = take_sampling(options) | {"seed": seed}
+    system = take_system(options, system)
+    loading = take_loading(options)
     with ModelInfo(model, verbose=options["verbose"]) as info:
+        sampling = take_sampling(options, info) | {"seed": seed}
         tokens = make_prompt(info, text, system, raw=raw, special=special)
         if not tokens.tokens:
             raise click.UsageError("the prompt is empty")
@@ -101,7 +107,13 @@ def run(
         check_room(len(tokens.tokens), whole_cells(n_ctx), n_answer=1)
         began = time.perf_counter()
         llm = Llama(
-            str(model), n_ctx=n_ctx, n_batch=batch_size, seed=seed, model_info=info, **llama_arguments(**options)
+            str(model),
+            n_ctx=n_ctx,
+            n_batch=batch_size,
+            seed=seed,
+            model_info=info,
+            **loading,
+            **llama_arguments(**options),
         )
     opening = {"load_seconds": time.perf_counter() - began}
     watch_interrupts(llm.ctx)

@@ -166,6 +166,11 @@ def bias_processor(bias: Mapping[Any, Any], n_vocab: int) -> Processor:
     return lambda _, scores: scores + added
 
 
+def end_tokens(model: internals.LlamaModel) -> list[int]:
+    """The tokens of a model's vocabulary that end an answer."""
+    return [token for token in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(model.vocab, token)]
+
+
 def as_processors(logits_processor: Any, logit_bias: Any, n_vocab: int) -> llama_cpp.LogitsProcessorList | None:
     """Both as what `llama_cpp.Llama.generate` takes; llama_cpp loses one of the two. Raises ConfigError."""
     if logit_bias is None:
