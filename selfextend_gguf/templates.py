@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from selfextend_gguf.errors import ConfigError, TemplateError
 SECONDS = 5.0  #: of processor time that a template may take
 _KEY = "tokenizer.chat_template"
 DEFAULT_TEMPLATE = "chat_template.default"  #: name of a model's only or usual template
+_NO_TOOLS = dict.fromkeys(("functions", "function_call", "tools", "tool_choice"))
+_NONE_OF_THEM: dict[str, Any] = {"tools": [], "functions": ""}  # as templates take them that use them unasked
 _WORKER = Path(__file__).with_name("template_worker.py")
 # With this program's own search path, wherever its packages come from, and without the worker's folder in it.
 _START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -133,11 +136,35 @@ class ChatTemplate(ChatFormatter):
         self._ask(None)
 
     def __call__(self, **variables: Any) -> ChatFormatterResponse:
-        """The text of `messages`, up to where an answer begins. Raises TemplateError."""
-        defaults = dict.fromkeys(("functions", "function_call", "tools", "tool_choice"))
+        """The text of `messages`, up to where an answer begins. Raises TemplateError.
+
+        A template that fails without tools is given an empty list of them, and one that refuses a system message finds
+        it at the beginning of the user's first message.
+        """
         tokens = {"bos_token": self._bos_token, "eos_token": self._eos_token}
-        text = self._ask({**defaults, **variables, **tokens})["text"]
+        try:
+            text = self._ask({**_NO_TOOLS, **variables, **tokens})["text"]
+        except TemplateError as error:
+            text = self._ask_otherwise({**_NO_TOOLS, **variables, **tokens}, error)
         return ChatFormatterResponse(text, stop=[self._eos_token] if self._eos_token else [], added_special=True)
+
+    def _ask_otherwise(self, variables: dict[str, Any], error: TemplateError) -> str:
+        """The text of what a template takes instead of the variables at which it failed. Raises `error`."""
+        messages = without_system(variables.get("messages"))
+        others: dict[str, Any] = {}
+        if "refuses the messages" in str(error) and messages is not None:
+            others = {"messages": messages}
+        elif "NoneType" in str(error):
+            others = {name: empty for name, empty in _NONE_OF_THEM.items() if variables[name] is None}
+            others |= {
+                "datetime": datetime.now(timezone.utc).strftime("%b %d %Y %H:%M:%S GMT")
+            }  # as Firefunction takes it
+        if not others:
+            raise error
+        try:
+            return self._ask({**variables, **others})["text"]
+        except TemplateError:
+            raise error from None
 
     def to_chat_handler(self) -> LlamaChatCompletionHandler:
         """For `Llama.create_chat_completion`."""
@@ -174,6 +201,16 @@ def check_chat_format(name: str | None, metadata: Mapping[str, str]) -> None:
     except LlamaChatCompletionHandlerNotFoundException:
         known = ", ".join([*template_names(metadata), *LlamaChatCompletionHandlerRegistry()._chat_handlers])
         raise ConfigError(f"unknown chat_format {name!r}; choose from {known}") from None
+
+
+def without_system(messages: Any) -> list[dict[str, Any]] | None:
+    """The messages with the system message before the text of the first user's; None if they do not begin so."""
+    if len(messages or []) < 2 or [m["role"] for m in messages[:2]] != ["system", "user"]:
+        return None
+    texts = [m.get("content") for m in messages[:2]]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return [{**messages[1], "content": "\n".join(texts)}, *messages[2:]]
 
 
 def check_messages(messages: Any) -> None:

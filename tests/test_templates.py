@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -151,3 +152,55 @@ def test_the_worker_takes_one_request_a_line():
     text = "a\nb\r\nc\u2028d\x00e"
     assert render("{{ x }}", x=text) == text
     assert json.loads(render("{{ x | tojson }}", x=text)) == text
+
+
+# ---- what a template does not take -----------------------------------------------------------------------------
+
+TEMPLATES = os.environ.get("SX_GGUF_TEMPLATES")  # a folder, such as models/templates of llama.cpp's source
+USER = [{"role": "user", "content": "Q1"}]
+CONVERSATIONS = {
+    "a question": USER,
+    "with a system message": [{"role": "system", "content": "S1"}, *USER],
+    "three turns": [
+        *USER,
+        {"role": "assistant", "content": "A1"},
+        {"role": "user", "content": "Q2"},
+        {"role": "assistant", "content": "A2"},
+        {"role": "user", "content": "Q3"},
+    ],
+}
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+
+
+def rendered(template: str, messages: list[dict[str, str]], **variables: object) -> str:
+    return ChatTemplate(template, bos_token="<s>", eos_token="</s>")(messages=messages, **variables).prompt
+
+
+def test_a_refused_system_message_begins_the_users_first():
+    assert rendered(NO_SYSTEM, CONVERSATIONS["with a system message"]) == "[user]S1\nQ1"
+
+
+@pytest.mark.parametrize(
+    "messages", [[{"role": "system", "content": "S1"}], [*USER, {"role": "system", "content": "S1"}]]
+)
+def test_a_system_message_elsewhere_stays_refused(messages):
+    with pytest.raises(TemplateError, match="refuses the messages: System role not supported"):
+        rendered(NO_SYSTEM, messages)
+
+
+def test_a_template_that_needs_tools_works_without():
+    template = "{% for t in tools %}{{ t.name }}{% endfor %}{{ messages[0].content }}"
+    assert rendered(template, USER) == "Q1"
+    assert rendered(template, USER, tools=[{"name": "find "}]) == "find Q1"
+    assert rendered("{{ 'Use ' + functions + messages[0].content }}", USER) == "Use Q1"
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="SX_GGUF_TEMPLATES names no folder of templates")
+@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("path", sorted(Path(TEMPLATES or "/nowhere").glob("*.jinja")), ids=lambda path: path.stem)
+def test_templates_of_a_folder(path: Path, messages: list[dict[str, str]]):
+    text = rendered(path.read_text(encoding="utf-8"), messages)
+    assert [m["content"] for m in messages if m["content"] not in text] == []
