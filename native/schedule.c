@@ -182,6 +182,60 @@ static void move_on_slope(const struct sx_params * p, int64_t g, int32_t * posit
     }
 }
 
+// ---- Distances that begin again: keys before the boundary g, in groups of G, are seen from distance r = W/2 on, which
+// near keys are seen at as well. With r = W it were Self-Extend; r = W/G is Jet-Long (arXiv 2607.07740), G = 1 with a
+// fixed r STRING (arXiv 2410.18745). G is the smallest that g needs. The stage is g.
+
+// W - r, with r rounded up: how far the grouped keys are moved into the window.
+static int64_t moved_into_window(const struct sx_params * p) {
+    return p->neighbor_window / 2;
+}
+
+static int64_t restart_group_size(const struct sx_params * p, int64_t g) {
+    return max64(1, ceil_div(g, far_positions(p) + moved_into_window(p)));
+}
+
+static int restart_stage(const struct sx_params * p, int64_t n_cached, int64_t n_total, int64_t * stage) {
+    if (p->n_batch < 1 || far_positions(p) < 1 || p->max_distance > p->n_ctx_train) {
+        return sx_fail(SX_ERR_ARGUMENT, "restart needs n_batch >= 1 and "
+                "neighbor_window + block_size + n_batch <= max_distance <= n_ctx_train");
+    }
+    const int64_t g      = fixed_window_boundary(p, n_cached);
+    const int64_t oldest = min64(g, g + moved_into_window(p) - g / restart_group_size(p, g));
+    if (n_total - oldest > p->max_distance) {
+        return step_too_large(p, n_cached, n_total, oldest + p->max_distance);
+    }
+    *stage = g;
+    return SX_OK;
+}
+
+static void move_again(const struct sx_params * p, int64_t g, int32_t * positions) {
+    const int32_t size  = (int32_t) restart_group_size(p, g);
+    const int32_t shift = (int32_t) (g + moved_into_window(p) - g / size);
+    for (int32_t k = 0; k < g; ++k) {
+        positions[k] = shift + k / size;
+    }
+}
+
+// ---- Dual chunk attention (arXiv 2402.17463), as far as one position a key can express it: chunks of block_size
+// tokens before the boundary g, of which the latest is exact and the older ones lie on top of it. The stage is g.
+
+static int dca_stage(const struct sx_params * p, int64_t n_cached, int64_t n_total, int64_t * stage) {
+    const int64_t g      = fixed_window_boundary(p, n_cached);
+    const int64_t oldest = max64(0, g - p->block_size);
+    if (n_total - oldest > p->max_distance) {
+        return step_too_large(p, n_cached, n_total, oldest + p->max_distance);
+    }
+    *stage = g;
+    return SX_OK;
+}
+
+static void move_onto_chunk(const struct sx_params * p, int64_t g, int32_t * positions) {
+    for (int32_t k = 0; k < g; ++k) {
+        positions[k] = (int32_t) g - p->block_size + k % p->block_size;
+    }
+}
+
 // ---- AdaGroPE (ACL 2025, long paper 28, Algorithm 1): a text of N tokens has P = max_distance positions, reused more
 // often with growing distance; the nearest quarter (r = 0.25) is exact. Stage j > 0 is the map for a text that ends
 // with the j-th block after the trained context, N = L + j * block: P(k) = N - 1 - f(N - 1 - k). The queries before
@@ -261,6 +315,8 @@ static const struct schedule SCHEDULES[] = {
     [SX_SCHEDULE_ADAGROPE]     = { false, adagrope_stage,     adagrope_text,    move_adaptively  },
     [SX_SCHEDULE_REROPE]       = { false, rerope_stage,       fixed_window_end, move_to_boundary },
     [SX_SCHEDULE_LEAKY_REROPE] = { false, leaky_rerope_stage, leaky_rerope_end, move_on_slope    },
+    [SX_SCHEDULE_RESTART]      = { false, restart_stage,      fixed_window_end, move_again       },
+    [SX_SCHEDULE_DCA]          = { false, dca_stage,          fixed_window_end, move_onto_chunk  },
 };
 
 static bool is_plain(const struct sx_params * p, int32_t n_total) {

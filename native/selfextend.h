@@ -68,6 +68,8 @@ enum sx_schedule {
     SX_SCHEDULE_ADAGROPE     = 2,  // groups that grow with the distance and with the text (ACL 2025, long paper 28)
     SX_SCHEDULE_REROPE       = 3,  // one position for all beyond a fixed window (https://kexue.fm/archives/9708)
     SX_SCHEDULE_LEAKY_REROPE = 4,  // distances beyond a fixed window grow with a fractional slope (same source)
+    SX_SCHEDULE_RESTART      = 5,  // distances beyond a fixed window begin again at half of it (arXiv 2607.07740)
+    SX_SCHEDULE_DCA          = 6,  // chunks beyond a fixed window lie on top of each other (arXiv 2402.17463)
 };
 
 // What a schedule needs to know; all lengths in tokens.
@@ -79,7 +81,7 @@ struct sx_params {
     int32_t max_distance;     // D: distances stay below it
     int32_t block_size;       // the boundary between grouped and exact keys moves in such steps
     int32_t n_ctx;            // longest text (leaky-rerope)
-    int32_t n_batch;          // a step of so many tokens works wherever it starts (leaky-rerope)
+    int32_t n_batch;          // a step of so many tokens works wherever it starts (leaky-rerope, restart)
 };
 
 struct sx_stats {
@@ -109,8 +111,9 @@ SX_API int32_t sx_schedule_stage(
         const struct sx_params * params, int32_t n_cached, int32_t n_total, int32_t * stage);
 
 /*
- * Key positions P(0..n_cached-1) for the same step, a function of its stage: they grow with k, by 0 or 1 from key to
- * key, and the latest neighbor_window keys have P(k) = k.
+ * Key positions P(0..n_cached-1) for the same step, a function of its stage: P(k) >= k, and the latest neighbor_window
+ * keys have P(k) = k. They grow with k, by 0 or 1 from key to key, except that restart goes back once, where the window
+ * begins, and dca at the beginning of each chunk.
  * positions: (n_cached) int32, written only on SX_OK. Return codes as sx_schedule_stage.
  */
 SX_API int32_t sx_schedule_positions(

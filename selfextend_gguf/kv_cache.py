@@ -131,16 +131,13 @@ def warn_of_rounding(config: SelfExtendConfig, type_k: int, *, n_layers: int, ha
     With a frame each key is rewritten a few times only, unless the schedule regroups.
     """
     name = type_name(type_k)
-    often = n_layers > 0 and (config.regroups or not has_frame)
-    if often and config.n_moves > SAFE_REWRITES.get(name, config.n_moves):
-        rewrites = (
-            f"with schedule {config.schedule} rewrites keys up to"
-            if config.regroups
-            else "rewrites the keys of this model, which has sliding-window layers,"
-        )
+    moved, times = "with schedule " + config.schedule + " rewrites keys", config.n_regroupings
+    if not has_frame:
+        moved, times = "rewrites the keys of this model, which has sliding-window layers,", config.n_moves
+    if n_layers > 0 and times > SAFE_REWRITES.get(name, times):
         warnings.warn(
-            f"reading {config.n_ctx} tokens {rewrites} "
-            f"{config.n_moves} times; {name} keys lose precision after {SAFE_REWRITES[name]}: use q8_0 or f16 keys",
+            f"reading {config.n_ctx} tokens {moved} up to {times} times; "
+            f"{name} keys lose precision after {SAFE_REWRITES[name]}: use q8_0 or f16 keys",
             KeyPrecisionWarning,
             stacklevel=3,
         )

@@ -100,9 +100,10 @@ def _numbers(rule: Schedule, n_ctx_train: int, parameters: dict[str, Any], dista
     if window is not None:
         # Two positions must be left: one for a new token, one for the grouped keys.
         window = whole_number("neighbor_window", window, 1, room - 2, trained)
-    numbers = _Numbers(rule, n_ctx_train, distance, max(1, room // 4) if window is None else window, block)
+    window = rule.default_window(room) if window is None else window
+    numbers = _Numbers(rule, n_ctx_train, distance, window, block)
     if block is not None:
-        most = numbers.free - numbers.n_batch
+        most = rule.largest_block(numbers.free, numbers.n_batch)
         whole_number("block_size", block, 1, most, f" with a neighbor window of {numbers.neighbor_window}")
     return numbers
 
@@ -132,12 +133,13 @@ def plan(
     """Resolve the parameters for reading `n_ctx` tokens with a model trained on `n_ctx_train`.
 
     None = automatic:
-    - distances below 3/4 of the trained context, or all where only that reaches `n_ctx` (adagrope: half of it, the
-      others: all of it);
-    - a quarter of the room for the neighbor window; the room is all distances (adagrope: the quarter of them that it
-      keeps exact);
+    - distances below 3/4 of the trained context, or all where only that reaches `n_ctx` (restart: likewise; adagrope:
+      half of it, the others: all of it);
+    - a quarter of the room for the neighbor window (restart: half); the room is all distances (adagrope: the quarter of
+      them that it keeps exact);
     - five ninths of the rest for the tokens between two moves of the boundary (adagrope: half of it, the others: a
-      third), but at most 512 or, where that is more, a sixth of the rest (adagrope: at most 512);
+      third), but at most 512 or, where that is more, a sixth of the rest (adagrope: at most 512; dca: half of the rest,
+      however much that is);
     - the smallest groups that reach `n_ctx` with these.
 
     Raises ConfigError for values out of range, for parameters that the schedule has no use for, and for a combination

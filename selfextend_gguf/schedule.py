@@ -65,9 +65,10 @@ class SelfExtendConfig:
         return RULES[self.schedule].n_moves(self) if self.is_active else 0
 
     @property
-    def regroups(self) -> bool:
-        """Whether a key is rewritten again and again as the text grows, and not only when it enters a group."""
-        return RULES[self.schedule].regroups
+    def n_regroupings(self) -> int:
+        """How often keys that are grouped already are rewritten while `n_ctx` tokens are read, because their places in
+        relation to each other change."""
+        return RULES[self.schedule].n_regroupings(self) if self.is_active else 0
 
     def __str__(self) -> str:
         if not self.is_active:
@@ -112,9 +113,6 @@ class Schedule(ABC):
     without: ClassVar[Mapping[str, str]] = {}
     #: Whether it may move keys of a text that fits the trained context.
     groups_within_trained: ClassVar[bool] = False
-    #: Whether moves change how grouped keys lie in relation to each other, so that keys are rewritten again and again,
-    #: and not only when they enter a group.
-    regroups: ClassVar[bool] = False
 
     # ---- automatic parameters and reach ------------------------------------------------------------------------
 
@@ -127,9 +125,17 @@ class Schedule(ABC):
         schedule fixes no part for them)."""
         return distance
 
+    def default_window(self, room: int) -> int:
+        """Latest tokens that keep their exact distance, with `room` positions."""
+        return max(1, room // 4)
+
     def default_block(self, free: int, n_batch: int, size: int) -> int:
         """Tokens between two moves, with `free` positions beside the window."""
         return usual_block(free)
+
+    def largest_block(self, free: int, n_batch: int) -> int:
+        """Most tokens between two moves that leave distances for every step of `n_batch`."""
+        return free - n_batch
 
     def largest_group(self, n_ctx_train: int) -> int:
         """Most tokens that may share one key position."""
@@ -147,6 +153,10 @@ class Schedule(ABC):
     @abstractmethod
     def n_moves(self, config: SelfExtendConfig) -> int:
         """How often the stage changes while the tokens of an active `config` are read."""
+
+    def n_regroupings(self, config: SelfExtendConfig) -> int:
+        """See `SelfExtendConfig.n_regroupings`; of an active `config`."""
+        return 0
 
     # ---- words -------------------------------------------------------------------------------------------------
 
@@ -231,7 +241,7 @@ class FixedWindow(Schedule):
 
     def stage(self, config: SelfExtendConfig, n_cached: int, n_total: int) -> int:
         g = self.boundary(config, n_cached)
-        oldest = g - self._taken(config, g)
+        oldest = min(g, self.far(config, g, 0)) if g > 0 else 0
         if n_total > config.n_ctx_train and n_total - oldest > config.max_distance:
             raise ConfigError(
                 f"{n_total - n_cached} tokens at once after {n_cached} leave no neighbor window of "
@@ -241,12 +251,11 @@ class FixedWindow(Schedule):
 
     def positions(self, config: SelfExtendConfig, stage: int, n_cached: int) -> npt.NDArray[np.int32]:
         k = np.arange(n_cached, dtype=np.int64)
-        far = stage - self._taken(config, stage) + self._taken(config, k)
-        return np.where(k < stage, far, k).astype(np.int32)
+        return np.where(k < stage, self.far(config, stage, k), k).astype(np.int32)
 
     @abstractmethod
-    def _taken(self, config: SelfExtendConfig, n: Integers) -> Integers:
-        """Positions that n tokens outside the window take up, so that P(k) = g - taken(g) + taken(k) for k < g."""
+    def far(self, config: SelfExtendConfig, g: int, k: Integers) -> Integers:
+        """P(k) of tokens k < g outside the window; the oldest one's is the smallest."""
 
 
 class Paper(FixedWindow):
@@ -266,8 +275,8 @@ class Paper(FixedWindow):
     def begins(self, config: SelfExtendConfig) -> str:
         return f"beyond the neighbor window of {config.neighbor_window} tokens"
 
-    def _taken(self, config: SelfExtendConfig, n: Integers) -> Integers:
-        return n // config.group_size
+    def far(self, config: SelfExtendConfig, g: int, k: Integers) -> Integers:
+        return g - g // config.group_size + k // config.group_size
 
 
 class AdaGroPE(Schedule):
@@ -280,7 +289,6 @@ class AdaGroPE(Schedule):
 
     name = "adagrope"
     without: ClassVar[Mapping[str, str]] = {"group_size": "its groups follow from the length of the text"}
-    regroups = True
 
     def default_distances(self, n_ctx_train: int) -> tuple[int, ...]:
         return (max(8, n_ctx_train // 2),)
@@ -307,6 +315,9 @@ class AdaGroPE(Schedule):
 
     def n_moves(self, config: SelfExtendConfig) -> int:
         return ceil((config.n_ctx - config.n_ctx_train) / config.block_size)
+
+    def n_regroupings(self, config: SelfExtendConfig) -> int:
+        return self.n_moves(config)
 
     def sharing(self, config: SelfExtendConfig) -> str:
         return (
@@ -374,8 +385,8 @@ class ReRoPE(FixedWindow):
     def sharing(self, config: SelfExtendConfig) -> str:
         return "all older tokens share one key position"
 
-    def _taken(self, config: SelfExtendConfig, n: Integers) -> Integers:
-        return n * 0
+    def far(self, config: SelfExtendConfig, g: int, k: Integers) -> Integers:
+        return g + 0 * k
 
 
 class LeakyReRoPE(FixedWindow):
@@ -405,16 +416,92 @@ class LeakyReRoPE(FixedWindow):
             raise ConfigError(f"the slope of leaky-rerope is that for {config.n_ctx} tokens, not {n_total}")
         return super().stage(config, n_cached, n_total)
 
+    def far(self, config: SelfExtendConfig, g: int, k: Integers) -> Integers:
+        left, beyond = self._slope(config)
+        return g - g * left // beyond + k * left // beyond
+
     def _slope(self, config: SelfExtendConfig) -> tuple[int, int]:
         return slack(config), config.n_ctx - config.neighbor_window
 
-    def _taken(self, config: SelfExtendConfig, n: Integers) -> Integers:
-        left, beyond = self._slope(config)
-        return n * left // beyond
+
+class Restart(FixedWindow):
+    """Distances of the tokens outside the window begin again, at half of the window (r), in groups of G.
+
+    Near and far tokens share the distances from r on, so neither takes positions from the other: with r = W it were
+    Self-Extend, r = W/G is Jet-Long (arXiv 2607.07740), G = 1 and r = 128 STRING (arXiv 2410.18745). G is the smallest
+    that the text so far needs.
+    """
+
+    name = "restart"
+    without: ClassVar[Mapping[str, str]] = {"group_size": "its groups grow with the text"}
+
+    def default_distances(self, n_ctx_train: int) -> tuple[int, ...]:
+        return (max(8, int(TRUSTED_DISTANCES * n_ctx_train)), n_ctx_train)
+
+    def default_window(self, room: int) -> int:
+        return max(1, room // 2)
+
+    def reach(self, config: SelfExtendConfig) -> int:
+        # g <= n1 - 1 - W, in groups of G at most G times the far positions.
+        return config.neighbor_window + 1 + config.group_size * self._far_positions(config)
+
+    def n_regroupings(self, config: SelfExtendConfig) -> int:
+        return config.group_size - 1
+
+    def sharing(self, config: SelfExtendConfig) -> str:
+        return (
+            f"the distances of older tokens begin again at {self._again(config)}, "
+            f"in groups that grow with the text up to {config.group_size}"
+        )
+
+    def far(self, config: SelfExtendConfig, g: int, k: Integers) -> Integers:
+        size = max(1, ceil(g / self._far_positions(config)))
+        return g + config.neighbor_window - self._again(config) - g // size + k // size
+
+    def _again(self, config: SelfExtendConfig) -> int:
+        """r: the distance of the nearest token outside the window."""
+        return (config.neighbor_window + 1) // 2
+
+    def _far_positions(self, config: SelfExtendConfig) -> int:
+        return slack(config) + config.neighbor_window - self._again(config)
+
+
+class DualChunk(FixedWindow):
+    """All chunks of `block_size` tokens but the latest lie on top of each other (dual chunk attention, arXiv
+    2402.17463, in the form that one position a key allows): the window and one whole chunk are exact, and an older
+    token stands where its like stands in that chunk."""
+
+    name = "dca"
+    without: ClassVar[Mapping[str, str]] = {"group_size": "one token of each chunk shares a position"}
+
+    def default_block(self, free: int, n_batch: int, size: int) -> int:
+        most = self.largest_block(free, n_batch)
+        return whole_tiles(most, most)
+
+    def largest_block(self, free: int, n_batch: int) -> int:
+        # In the worst step a window, nearly two blocks and n_batch tokens lie between a query and the chunk's first.
+        return (free - n_batch + 1) // 2
+
+    def largest_group(self, n_ctx_train: int) -> int:
+        return LONGEST
+
+    def reach(self, config: SelfExtendConfig) -> int:
+        return config.neighbor_window + config.group_size * config.block_size
+
+    def longest_context(self, config: SelfExtendConfig) -> int:
+        return LONGEST
+
+    def sharing(self, config: SelfExtendConfig) -> str:
+        return f"older tokens share key positions with those before them in steps of {config.block_size}"
+
+    def far(self, config: SelfExtendConfig, g: int, k: Integers) -> Integers:
+        return g - config.block_size + k % config.block_size
 
 
 #: Schedules by name, in the order of `enum sx_schedule`.
-RULES: dict[str, Schedule] = {rule.name: rule for rule in (SelfExtend(), Paper(), AdaGroPE(), ReRoPE(), LeakyReRoPE())}
+RULES: dict[str, Schedule] = {
+    rule.name: rule for rule in (SelfExtend(), Paper(), AdaGroPE(), ReRoPE(), LeakyReRoPE(), Restart(), DualChunk())
+}
 SCHEDULES = tuple(RULES)
 
 

@@ -69,6 +69,25 @@ def test_leaky_rerope_positions_by_hand():
     assert positions[31:].tolist() == [32, *range(32, 40)]  # 31 * 17/56 = 9.4
 
 
+def test_restart_positions_by_hand():
+    # L = D = 32, W = 8, r = 4, block 4, n_batch 4. Far keys are seen from 4 on, up to 4 - 1 + 4 - 1 = 6 later, so that
+    # 31 - 4 - 6 = 21 positions after the first are left for them.
+    config = plan(32, 64, neighbor_window=8, block_size=4, max_distance=32, schedule="restart")
+    # g = 32 > 21: groups of 2, P(k) = 32 + 4 - 16 + k//2.
+    wanted = np.r_[np.repeat(range(20, 36), 2), 32:40]
+    assert np.array_equal(schedule_positions(config, 40, 44), wanted)
+    # Token 40 sees token 31 at 40 - 35 = 5 and token 32, the first of the window, at 8. With g = 44 groups of 3 begin.
+    assert schedule_positions(config, 52, 53)[:4].tolist() == [44 + 4 - 14] * 3 + [44 + 4 - 13]
+
+
+def test_dca_positions_by_hand():
+    # W = 8, block 8: g = (45 - 8)//8*8 = 32, and all chunks of 8 before it lie on [24, 32).
+    config = plan(32, 64, neighbor_window=8, block_size=8, schedule="dca")
+    assert np.array_equal(schedule_positions(config, 45, 47), np.r_[np.tile(range(24, 32), 4), 32:45])
+    # Farthest distance: 46 - 24 = 22 < 32, and so it stays for any text.
+    assert schedule_positions(config, 10_005, 10_006).min() == 9992 - 8
+
+
 def test_adagrope_map_by_hand():
     # P = 16, N = 24. G = 1: 16 < 24, a power of two, int(0.25 * 16 / 1) = 4 positions are fixed; 12 left for 20.
     # G = 2: 12 * 2 = 24 >= 20, so the 12 are reused once or twice: 20 - 12 = 8 far ones twice, 4 near ones once.
@@ -160,15 +179,23 @@ def test_c_equals_numpy_and_keeps_its_promises(train, times, schedule):
         assert np.array_equal(positions, schedule_positions_numpy(config, n_cached, n_total))
         k = np.arange(n_cached)
         grouped = positions != k
-        # Monotone, in steps of 0 or 1; keys move towards the queries only, and never reach them; never a distance of
-        # max_distance or more.
-        assert np.isin(np.diff(positions), [0, 1]).all()
+        # Monotone, in steps of 0 or 1, but for two schedules; keys move towards the queries only, and never reach them;
+        # never a distance of max_distance or more.
+        back = 1 + np.flatnonzero(~np.isin(np.diff(positions), [0, 1]))
+        if schedule == "restart":
+            assert len(back) <= 1 and not grouped[back].any()  # where the window begins
+        elif schedule == "dca":
+            assert (back % config.block_size == 0).all()
+        else:
+            assert len(back) == 0
         assert (positions >= k).all() and (positions < n_cached).all()
         if n_total > train and n_cached:
-            assert n_total - 1 - positions[0] < config.max_distance
-        # No more tokens share a position than the config says.
+            assert n_total - 1 - positions.min() < config.max_distance
+        # No more tokens share a position than the config says; restart's share those of the window too.
         if n_cached:
-            assert np.bincount(positions).max() <= config.group_size
+            assert np.bincount(positions[grouped] if schedule == "restart" else positions, minlength=1).max() <= (
+                config.group_size
+            )
         # The latest neighbor_window tokens are exact.
         if grouped.any():
             assert n_cached - 1 - np.flatnonzero(grouped)[-1] >= config.neighbor_window
@@ -208,7 +235,7 @@ def test_every_plan_reaches_what_it_says(data):
         n_cached = max(0, n_total - data.draw(st.integers(1, config.n_batch)))
         positions = schedule_positions(config, n_cached, n_total)
         assert np.array_equal(positions, schedule_positions_numpy(config, n_cached, n_total))
-        assert n_total <= train or n_cached == 0 or n_total - 1 - positions[0] < config.max_distance
+        assert n_total <= train or n_cached == 0 or n_total - 1 - positions.min() < config.max_distance
         n_cached = data.draw(st.integers(0, n_total))
         wanted = outcome(schedule_positions_numpy, config, n_cached, n_total)
         assert outcome(schedule_positions, config, n_cached, n_total) == wanted
@@ -264,7 +291,9 @@ def test_how_often_a_key_is_rewritten(schedule):
         n_rewrites[:n0] += stored != positions - frame
         stored = np.r_[positions, n0:n1] - frame
     average = n_rewrites[:2048].mean()  # the younger half has not lived its life yet
-    if config.regroups:
+    if schedule == "restart":  # all grouped keys whenever their group size grows
+        assert 10 < average < n_rewrites.max() <= config.n_regroupings + 5
+    elif config.n_regroupings:
         # A key's place in relation to the oldest only falls, from at most P - 1 to 0.
         assert 10 < average < n_rewrites.max() < config.max_distance < config.n_moves
     else:
@@ -272,7 +301,7 @@ def test_how_often_a_key_is_rewritten(schedule):
         assert n_rewrites.max() <= 5
 
 
-@pytest.mark.parametrize("schedule", ["selfextend", "adagrope", "rerope", "leaky-rerope"])
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "paper"])
 def test_a_step_that_is_too_large_is_refused(schedule):
     config = plan(64, 256, schedule=schedule)
     with pytest.raises(ConfigError, match="neighbor window"):
@@ -282,7 +311,7 @@ def test_a_step_that_is_too_large_is_refused(schedule):
 
 
 @pytest.mark.parametrize("n_cached", [0, 10, 63, 64, 65, 90, 200])
-@pytest.mark.parametrize("schedule", ["adagrope", "rerope", "leaky-rerope"])
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name not in ("selfextend", "paper")])
 def test_the_suggestion_of_a_refused_step_works(schedule, n_cached):
     config = plan(64, 256, schedule=schedule)
     with pytest.raises(ConfigError) as error:
@@ -302,7 +331,7 @@ def test_numbers_that_fit_no_step_are_refused():
     config = dataclasses.replace(plan(64, 256, schedule="adagrope"), neighbor_window=60)
     with pytest.raises(ConfigError, match="take smaller blocks or a smaller window"):
         schedule_positions(config, 159, 160)
-    for schedule in ("leaky-rerope", "adagrope"):
+    for schedule in ("leaky-rerope", "adagrope", "restart"):
         config = dataclasses.replace(plan(64, 256, schedule=schedule), max_distance=65)
         with pytest.raises(Exception, match="max_distance <= n_ctx_train"):
             schedule_positions(config, 159, 160)
