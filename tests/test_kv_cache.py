@@ -25,7 +25,9 @@ def test_keys_of_few_bits_in_a_model_that_rewrites_often_are_warned_of(model):
         llm = Llama(str(model(name)), n_ctx=512, type_k=KV_TYPES[kind], verbose=False)
         return llm.self_extend.n_moves
 
-    with pytest.warns(KeyPrecisionWarning, match=r"rewrites the keys .* up to 37 times; q4_0 keys lose precision after 10"):
+    with pytest.warns(
+        KeyPrecisionWarning, match=r"rewrites the keys .* up to 37 times; q4_0 keys lose precision after 10"
+    ):
         assert moves("gemma2", "q4_0") == 37
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -42,6 +42,10 @@ class Kept:
     def has(self, what: Mapping[str, object]) -> bool:
         return _name(what) in self._results
 
+    def get(self, what: Mapping[str, object]) -> Any:
+        """The result for `what`, None if there is none."""
+        return self._results.get(_name(what))
+
     def measured(self, what: Mapping[str, object], measure: Callable[[], Any]) -> Any:
         """The result for `what`, from the file or else by `measure()`: something that JSON can hold."""
         name = _name(what)
