@@ -99,10 +99,11 @@ def foreseen(path: str | Path, n_ctx: int, keys: str, values: str) -> str:
         return describe(file, n_ctx, {}, keys, values, verbose=False)["explanation"]
 
 
-def happening(path: str | Path, n_ctx: int, keys: str, values: str) -> str:
+def happening(path: str | Path, n_ctx: int, keys: str, values: str, *, model_info: ModelInfo | None = None) -> str:
     """What `Llama` does, in the words of `info`."""
+    types = {"type_k": KV_TYPES[keys], "type_v": KV_TYPES[values]}
     try:
-        llm = Llama(str(path), n_ctx=n_ctx, type_k=KV_TYPES[keys], type_v=KV_TYPES[values], verbose=False)
+        llm = Llama(str(path), n_ctx=n_ctx, **types, model_info=model_info, verbose=False)
     except SelfExtendError as error:
         return f"not possible: {error}".replace(f" of {n_ctx} tokens for {path}", "")
     with closing(llm):

@@ -50,8 +50,8 @@ TAIL = """
 
 `tests/test_real_models.py` tries two files that pip can fetch (`.ci/models FOLDER`), as they are:
 
-- with every type of keys, at a context beyond the trained one, and also where the file is made to say that it was
-  trained on 512 or 1024 tokens, `info` and `Llama` agree that it can be extended;
+- beyond the trained context with f16 and q4_0 keys, and with every type of keys where the file is made to say that it
+  was trained on 256 tokens, `info` and `Llama` agree that it can be extended;
 - within the trained context, logits are plain llama.cpp's, bit for bit;
 - a text that is restored from a prompt cache goes on bit for bit.
 
