@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import llama_cpp
@@ -22,6 +20,7 @@ import psutil
 import pytest
 import uvicorn
 from llama_cpp.server.settings import ServerSettings
+from served import HTTP, KEY, Served
 
 from selfextend_gguf import Llama
 from selfextend_gguf.models import TINY_MODEL
@@ -31,48 +30,8 @@ from selfextend_gguf.server.models import OneModelAtATime, ServedModel
 from selfextend_gguf.server.requests import CompletionRequest
 from selfextend_gguf.tiny.keys import key_task
 
-COMMAND = [str(Path(sys.executable).with_name("sx-gguf")), "serve"]
 MODEL = str(TINY_MODEL)
-KEY = "a-key"
 CONTEXT = 4096  # 16 trained contexts
-HTTP = httpx.Client(timeout=60)  # making one takes longer than most requests
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "SX_GGUF_API_KEY"}
-
-
-class Served:
-    """A running `sx-gguf serve`."""
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments, "--port", "0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT | environment,
-        )
-        self.line = self.process.stdout.readline().strip()
-        if not self.line:
-            raise RuntimeError(self.process.communicate()[1])
-        self.url = self.line.split(" on ")[1].split(": ")[0]
-        while HTTP.get(f"{self.url}/health").status_code != 200:
-            time.sleep(0.05)
-
-    def client(self, api_key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
-
-    def post(self, path: str, body: object = None, content: bytes | None = None) -> httpx.Response:
-        return HTTP.post(
-            f"{self.url}{path}",
-            content=json.dumps(body) if content is None else content,
-            headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
-        )
-
-    def end(self, sig: int = signal.SIGTERM) -> tuple[int, str]:
-        """Exit code and standard error."""
-        if self.process.poll() is None:
-            self.process.send_signal(sig)
-        error = self.process.communicate(timeout=60)[1]
-        return self.process.returncode, error
 
 
 @pytest.fixture(scope="module")
