@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -17,11 +18,13 @@ from click.testing import CliRunner
 from gguf_copy import write_copy, write_f32
 from helpers import F32, happening, relative_error
 from models_table import current_published, published
+from served import KEY, Served
 
 from selfextend_gguf import Llama
 from selfextend_gguf._native import schedule_step
 from selfextend_gguf.cli import main
 from selfextend_gguf.cli.info import describe
+from selfextend_gguf.conversation import Conversation
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.reference import Reference
@@ -93,6 +96,11 @@ def text_tokens(llm: llama_cpp.Llama, text: str, n: int) -> list[int]:
 def last_logits(llm: llama_cpp.Llama, tokens: Sequence[int]) -> np.ndarray:
     """Logits (n_vocab) after the last of `tokens`, read now."""
     llm.eval(tokens)
+    return present_logits(llm)
+
+
+def present_logits(llm: llama_cpp.Llama) -> np.ndarray:
+    """Logits (n_vocab) after the last token that was read."""
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
 
 
@@ -221,3 +229,106 @@ def test_a_prompt_cache_goes_on_bit_for_bit(path_of, load, name, n, heldout_text
     assert fresh.load_prompt(tmp_path / "prompt.kv") == n
     assert np.array_equal(fresh.key_positions, positions)
     assert np.array_equal(last_logits(fresh, tokens[n:]), wanted)
+
+
+# ---- conversations and servers -------------------------------------------------------------------------------------
+
+SYSTEM = "Answer in one sentence."
+ANSWER = {"max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture
+def messages(heldout_text) -> list[str]:
+    """Five messages of a line each, in all about three times TRAINED tokens."""
+    text = " ".join(heldout_text.split())
+    return [text[n * 500 : (n + 1) * 500] for n in range(5)]
+
+
+def in_turns(messages: Sequence[str]) -> list[dict[str, str]]:
+    """A user's, an assistant's, a user's ... after the system message."""
+    roles = ["system", *["user", "assistant"] * len(messages)]
+    return [{"role": role, "content": text} for role, text in zip(roles, [SYSTEM, *messages], strict=False)]
+
+
+def test_a_conversation_that_outgrows_its_context_answers_as_a_fresh_reading_does(in_f32, load, messages):
+    path = in_f32(SMOLLM2)
+    arguments = {"n_ctx": 4 * TRAINED, "kv_overrides": saying(TRAINED), **F32}
+    llm, fresh = load(Llama, path, **arguments), load(Llama, path, **arguments)
+    with ModelInfo(path, kv_overrides=saying(TRAINED)) as info:
+        conversation = Conversation(llm, info, system=SYSTEM)
+
+        def check(pieces) -> None:
+            answer = "".join(piece.text for piece in pieces)
+            fresh.reset()
+            asked = in_turns([message["content"] for message in conversation.messages[:-1]])
+            assert answer == fresh.create_chat_completion(asked, **ANSWER)["choices"][0]["message"]["content"]
+            assert np.array_equal(llm.input_ids[: llm.n_tokens], fresh.input_ids[: fresh.n_tokens])
+            assert np.array_equal(llm.key_positions, fresh.key_positions)
+            assert relative_error(present_logits(llm), present_logits(fresh)) < 1e-3
+
+        for message in messages:
+            check(conversation.ask(message, **ANSWER))
+        assert llm.n_tokens > 2.5 * TRAINED
+        assert llm.key_positions[0] > TRAINED
+        check(conversation.ask_again(**ANSWER))
+        for _ in range(3):
+            conversation.undo()
+        check(conversation.ask(messages[2], **ANSWER))
+        assert llm.key_positions[0] > 0
+
+
+def test_chat_takes_back_and_answers_again_beyond_the_trained_context(in_f32, load, messages, tmp_path):
+    path = tmp_path / "chat.gguf"
+    write_copy(path, in_f32(SMOLLM2), context_length=TRAINED)
+    saved = [tmp_path / name for name in ("asked", "again", "anew")]
+    lines = [
+        *messages, f"/save {saved[0]}",
+        "/regen", f"/save {saved[1]}",
+        "/undo", "/undo", *messages[-2:], f"/save {saved[2]}",
+    ]  # fmt: skip
+    options = ["-c", str(4 * TRAINED), "-n", "12", "--temp", "0", "-ctk", "f32", "-ctv", "f32", "--system", SYSTEM]
+    done = CliRunner().invoke(main, ["chat", str(path), *options], input="\n".join([*lines, ""]))
+    assert done.exit_code == 0
+    assert "Error" not in done.stderr
+    asked, again, anew = (json.loads(file.read_bytes()) for file in saved)
+    assert asked == again == anew
+    texts = [message["content"] for message in asked["messages"]]
+    assert texts[::2] == messages
+
+    fresh = load(Llama, path, n_ctx=4 * TRAINED, **F32)
+    answer = fresh.create_chat_completion(in_turns(texts[:-1]), **ANSWER)["choices"][0]["message"]["content"]
+    assert answer == texts[-1]
+    assert fresh.key_positions[0] > TRAINED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_answers_as_llama_does_also_from_kept_prompts(path_of, load, name, heldout_text, tmp_path):
+    path, folder = path_of(name, TRAINED), tmp_path / "prompts"
+    text, n_ctx = heldout_text[: 5 * TRAINED], 2 * TRAINED  # about 1.25 times as many tokens as it was trained on
+    llm = load(Llama, path, n_ctx=n_ctx, n_threads=1, n_threads_batch=1)
+    if name == SMOLLM2:
+        wanted = llm.create_chat_completion(in_turns([text]), **ANSWER)["choices"][0]["message"]["content"]
+    else:  # it has no chat template
+        wanted = llm.create_completion(text, **ANSWER)["choices"][0]["text"]
+    assert llm.key_positions[0] > 0
+
+    def ask(client, stream: bool) -> str:
+        if name == SMOLLM2:
+            answer = client.chat.completions.create(model="real", messages=in_turns([text]), stream=stream, **ANSWER)
+            if stream:
+                return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+            return answer.choices[0].message.content
+        answer = client.completions.create(model="real", prompt=text, stream=stream, **ANSWER)
+        return "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
+
+    options = ["-c", str(n_ctx), "-t", "1", "--api-key", KEY, "--prompt-cache", str(folder), "--cache-ram", "256"]
+    last_uses = []
+    for _ in range(2):
+        served = Served(str(path), "--alias", "real", *options)
+        try:
+            assert [ask(served.client(), stream) for stream in (False, True)] == [wanted, wanted]
+        finally:
+            served.end()
+        last_uses.append({file.name: file.stat().st_mtime_ns for file in folder.glob("*.kv")})
+    before, after = last_uses
+    assert any(after[file] > before[file] for file in before)  # the second server went on from a file of the first
