@@ -232,14 +232,10 @@ class Dialogue:
                     if last is not None:
                         click.echo()
                         self._timings = last.timings
-        if last is not None and last.finish_reason == "length":
-            self._say_why_it_ended(last.timings)
-
-    def _say_why_it_ended(self, timings: Timings) -> None:
-        if timings.prompt_tokens + timings.generated_tokens >= self._llm.n_ctx():
+        if last is not None and last.fills(self._llm.n_ctx()):
             note(f"The context is full: {_MAKE_ROOM}.")
-        elif not self._conversation.raw:  # without a template every answer ends so
-            note(f"The answer was cut after {self._predict} tokens (-n).")
+        elif last is not None and last.finish_reason == "length" and not self._conversation.raw:
+            note(f"The answer was cut after {self._predict} tokens (-n).")  # without a template every answer ends so
 
     # ---- commands ------------------------------------------------------------------------------------------------
 

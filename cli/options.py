@@ -122,14 +122,23 @@ self_extend_options = _combine(
     ),
 )
 
+
+def _check_count(_: click.Context, __: click.Parameter, value: int) -> int:
+    if value == 0 or value < UNLIMITED:
+        raise click.BadParameter(f"{value} is neither a number of tokens nor {UNLIMITED}")
+    return value
+
+
+UNLIMITED = -1  #: as -n: until the model ends or the context is full
 text_options = _combine(
     click.option(
         "-n",
         "--predict",
-        type=click.IntRange(1),
+        type=int,
+        callback=_check_count,
         default=256,
         show_default=True,
-        help="Most tokens to generate for an answer.",
+        help=f"Most tokens to generate for an answer; {UNLIMITED} = until the model ends or the context is full.",
     ),
     click.option(
         "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once."

@@ -22,6 +22,7 @@ from selfextend_gguf.prompt import Prompt, make_prompt
 from .chat import chat
 from .errors import EXIT_INTERRUPTED
 from .options import (
+    UNLIMITED,
     at_most_one,
     device_options,
     llama_arguments,
@@ -39,6 +40,8 @@ from .options import (
 from .progress import reading_bar
 from .prompt_cache import PromptCacheFile, prompt_cache_file
 from .texts import before_question, read_standard_input, read_text
+
+UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is given
 
 
 @click.command()
@@ -103,7 +106,8 @@ def run(
         tokens = make_prompt(info, text, system, raw=raw, special=special)
         if not tokens.tokens:
             raise click.UsageError("the prompt is empty")
-        n_ctx = ctx or cache.context_for(len(tokens.tokens) + predict + 1, tokens.tokens)
+        n_answer = UNLIMITED_ROOM if predict == UNLIMITED else predict
+        n_ctx = ctx or cache.context_for(len(tokens.tokens) + n_answer + 1, tokens.tokens)
         check_room(len(tokens.tokens), whole_cells(n_ctx), n_answer=1)
         began = time.perf_counter()
         llm = Llama(
@@ -178,6 +182,8 @@ def print_answer(
         sys.exit(EXIT_INTERRUPTED)
     if echo:
         click.echo()
+    if last is not None and last.fills(llm.n_ctx()):
+        click.echo(f"The context of {llm.n_ctx()} tokens is full: a larger --ctx makes room.", err=True)
     return "".join(answer), last
 
 

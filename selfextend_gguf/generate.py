@@ -45,6 +45,11 @@ class Piece:
     finish_reason: str | None
     timings: Timings
 
+    def fills(self, n_ctx: int) -> bool:
+        """Whether the answer was cut because a context of so many tokens is full."""
+        n_tokens = self.timings.prompt_tokens + self.timings.generated_tokens
+        return self.finish_reason == "length" and n_tokens >= n_ctx
+
 
 def stream_completion(
     llm: Llama,
@@ -54,7 +59,7 @@ def stream_completion(
     on_read: Callable[[int, int], None] = lambda done, total: None,
     **sampling: Any,
 ) -> Generator[Piece, None, None]:
-    """Complete `prompt`; `sampling` goes to `Llama.create_completion`.
+    """Complete `prompt`; `sampling` goes to `Llama.create_completion`. `max_tokens` -1 = while the context has room.
 
     `on_read(done, total)` is called before and while that part of the prompt is read that the cache does not hold; what
     it raises leaves the cache with the tokens read so far. Raises ContextFullError when the prompt does not fit.

@@ -114,3 +114,31 @@ def test_a_grammar_that_is_none():
 )
 def test_bad_values(one_line_error, flags: list[str], message: str):
     assert message in one_line_error("run", str(TINY_MODEL), "text", "-n", "4", *flags)
+
+
+# ---- -n -1 -----------------------------------------------------------------------------------------------------------
+
+FULL = "The context of 256 tokens is full: a larger --ctx makes room.\n"
+
+
+def test_answers_go_on_until_the_model_ends_or_the_context_is_full():
+    ends = run("-n", "-1", "--grammar", f'root ::= "{"a" * 300}"')  # more than the 256 tokens of no -n
+    assert (ends.exit_code, ends.stdout, ends.stderr) == (0, "a" * 300 + "\n", "")
+    full = run("-n", "-1", "-c", "256", "--ignore-eos", "--json")
+    record = json.loads(full.stdout)
+    assert (full.exit_code, full.stderr, record["finish_reason"]) == (0, FULL, "length")
+    assert record["prompt_tokens"] + record["generated_tokens"] == record["n_ctx"] == 256
+    assert run("-n", "1000", "-c", "256", "--ignore-eos").stderr == FULL
+    assert run("-n", "4", "-c", "256").stderr == ""
+
+
+def test_chats_go_on_too():
+    command = ["chat", str(TINY_MODEL), "-n", "-1", "-t", "1", "-c", "512", "--ignore-eos", "--raw"]
+    result = CliRunner().invoke(main, command, input="Hello\n")
+    assert result.stderr == "The context is full: /undo, /clear or a larger --ctx make room.\n"
+    assert len(result.stdout) > 500 - len("Hello")  # a token is a byte
+
+
+@pytest.mark.parametrize("number", ["0", "-2", "many"])
+def test_other_numbers_are_refused(one_line_error, number: str):
+    assert number in one_line_error("run", str(TINY_MODEL), "text", "-n", number)
