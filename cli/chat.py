@@ -44,6 +44,8 @@ from .options import (
     take_loading,
     take_sampling,
     take_system,
+    take_template,
+    template_options,
     text_options,
     verbose_option,
 )
@@ -59,6 +61,7 @@ _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text file to put before the first message.")
 @context_option
 @text_options
+@template_options
 @self_extend_options
 @sampling_options
 @device_options
@@ -93,7 +96,7 @@ def chat(
     system = take_system(options, system)
     loading = take_loading(options)
     cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
-    with ModelInfo(model, verbose=options["verbose"]) as info:
+    with ModelInfo(model, verbose=options["verbose"], **take_template(options)) as info:
         sampling = take_sampling(options, info)
         # The seed is that of a sequence of answers; given to each answer, it would make /regen repeat itself.
         llm = open_llama(info, ctx, cache, n_batch=batch_size, seed=seed, **loading, **llama_arguments(**options))

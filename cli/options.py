@@ -6,6 +6,7 @@ import json
 import math
 import re
 import secrets
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +18,13 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from selfextend_gguf._native import restore_log
 from selfextend_gguf.arguments import check_arguments
 from selfextend_gguf.chat_schemas import SchemaGrammar
-from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.errors import ConfigError, TemplateError
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED, check_parameters
 from selfextend_gguf.sampling import end_tokens
 from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
+from selfextend_gguf.templates import ChatTemplate, check_variables
 
 from .texts import read_text
 
@@ -150,6 +152,31 @@ text_options = _combine(
         "-sysf", "--system-prompt-file", type=click.Path(path_type=Path), help="UTF-8 text file of the system message."
     ),
 )
+
+template_options = _combine(
+    click.option(
+        "--chat-template",
+        "--chat-template-file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="File with a chat template (Jinja) to use in place of the model's.",
+    ),
+    click.option(
+        "--chat-template-kwargs", metavar="JSON", help='Variables for the chat template: {"enable_thinking": false}.'
+    ),
+)
+
+
+def take_template(options: dict[str, Any]) -> dict[str, Any]:
+    """Move the values of `template_options` into arguments of `ModelInfo`. UsageError, ConfigError."""
+    file, variables = options.pop("chat_template"), options.pop("chat_template_kwargs")
+    template = None if file is None else read_text(file)
+    if template is not None:
+        try:
+            ChatTemplate(template).check()
+        except TemplateError as error:
+            raise TemplateError(f"{file}: {error}") from error
+    return {"chat_template": template, "template_variables": check_variables(_parse_json(variables or "{}"))}
 
 
 def take_system(options: dict[str, Any], system: str | None) -> str | None:
@@ -283,6 +310,13 @@ def _bias(text: str) -> tuple[int, float]:
         raise click.BadParameter(f"--logit-bias must be like 15043+1 or 15043-inf, not {text!r}") from None
 
 
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"{textwrap.shorten(text, 60)!r} is no JSON: {error}") from error
+
+
 def _take_grammar(options: dict[str, Any]) -> LlamaGrammar | None:
     names = ("grammar", "grammar_file", "json_schema", "json_schema_file")
     grammar, grammar_file, schema, schema_file = given = [options.pop(name) for name in names]
@@ -295,10 +329,7 @@ def _take_grammar(options: dict[str, Any]) -> LlamaGrammar | None:
         schema = read_text(schema_file)
     if schema is None:
         return None
-    try:
-        wanted = json.loads(schema)
-    except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"the JSON schema is no JSON: {error}") from error
+    wanted = _parse_json(schema)
     return SchemaGrammar(json.dumps({"type": "object"} if wanted == {} else wanted))
 
 

@@ -34,6 +34,8 @@ from .options import (
     take_loading,
     take_sampling,
     take_system,
+    take_template,
+    template_options,
     text_options,
     verbose_option,
 )
@@ -53,6 +55,7 @@ UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is give
 )
 @click.option("-c", "--ctx", type=click.IntRange(1), help="Context in tokens [what prompt and answer need].")
 @text_options
+@template_options
 @self_extend_options
 @sampling_options
 @device_options
@@ -101,7 +104,7 @@ def run(
         return
     system = take_system(options, system)
     loading = take_loading(options)
-    with ModelInfo(model, verbose=options["verbose"]) as info:
+    with ModelInfo(model, verbose=options["verbose"], **take_template(options)) as info:
         sampling = take_sampling(options, info) | {"seed": seed}
         tokens = make_prompt(info, text, system, raw=raw, special=special)
         if not tokens.tokens:

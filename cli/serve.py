@@ -15,6 +15,8 @@ from .options import (
     device_options,
     llama_arguments,
     self_extend_options,
+    take_template,
+    template_options,
     verbose_option,
 )
 
@@ -41,6 +43,7 @@ from .options import (
     help="Folder that keeps prompts beyond the end of the server, within the size of --cache-ram.",
 )
 @click.option("--prompt-cache-ro", type=click.Path(path_type=Path), help="The same, but nothing is written there.")
+@template_options
 @self_extend_options
 @device_options
 @verbose_option
@@ -85,6 +88,7 @@ def serve(
         click.echo(f"Warning: anyone who reaches {host} can use this server: set --api-key", err=True)
 
     verbose = options["verbose"]
+    template = take_template(options)
     arguments = llama_arguments(**options)
     at_most_one({"--prompt-cache": prompt_cache, "--prompt-cache-ro": prompt_cache_ro})
     if prompt_cache is not None:
@@ -97,7 +101,8 @@ def serve(
         return KeptPrompts(n_bytes, folder, read_only=read_only)
 
     served = [
-        ServedModel.from_file(path, name, ctx, arguments, keep=keep) for path, name in zip(models, names, strict=True)
+        ServedModel.from_file(path, name, ctx, arguments, keep, **template)
+        for path, name in zip(models, names, strict=True)
     ]
     with listen(host, port) as listener:
         port = listener.getsockname()[1]

@@ -123,14 +123,24 @@ class ModelInfo:
     """Metadata and tokenizer of a GGUF file. Use as a context manager or call `close`."""
 
     def __init__(
-        self, path: str | Path, *, verbose: bool = False, kv_overrides: Mapping[str, object] | None = None
+        self,
+        path: str | Path,
+        *,
+        verbose: bool = False,
+        kv_overrides: Mapping[str, object] | None = None,
+        chat_template: str | None = None,
+        template_variables: Mapping[str, object] | None = None,
     ) -> None:
-        """`kv_overrides` replace metadata, as in `Llama`. Raises ModelFileError."""
+        """`kv_overrides` replace metadata, as in `Llama`, `chat_template` the model's own, which is given
+        `template_variables` with the messages. Raises ModelFileError."""
         self.path = Path(check_path("path", path))
         self.model = load_model(path, vocab_only=True, verbose=verbose)
         self.tokenizer = Tokenizer(self.model)
         overrides = {key: str(value) for key, value in (kv_overrides or {}).items()}
         self.metadata: dict[str, str] = self.model.metadata() | overrides
+        #: The chat template (Jinja), if there is one.
+        self.chat_template = self.metadata.get("tokenizer.chat_template") if chat_template is None else chat_template
+        self.template_variables = dict(template_variables or {})
         self.architecture = self.metadata.get("general.architecture", "unknown")
         self._check_epsilons()
 
@@ -207,11 +217,6 @@ class ModelInfo:
     def has_sliding_windows(self) -> bool:
         """Whether some layers look back a window only."""
         return int(llama_cpp.llama_model_n_swa(self.model.model)) > 0
-
-    @property
-    def chat_template(self) -> str | None:
-        """The model's chat template (Jinja), if it has one."""
-        return self.metadata.get("tokenizer.chat_template")
 
     def kv_cache_bytes(self, n_ctx: int, type_k: int, type_v: int) -> int:
         """Size of a KV cache of `n_ctx` tokens, in bytes."""

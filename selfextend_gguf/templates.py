@@ -126,8 +126,12 @@ def _why(ended: int, seconds: float) -> str:
 class ChatTemplate(ChatFormatter):
     """A model's chat template (Jinja). Nothing of it is looked at before it is used."""
 
-    def __init__(self, template: str, *, bos_token: str, eos_token: str) -> None:
+    def __init__(
+        self, template: str, *, bos_token: str = "", eos_token: str = "", variables: Mapping[str, Any] | None = None
+    ) -> None:
+        """`variables` are what it is always given, unless a call gives others."""
         self.template = template
+        self._variables = {**_NO_TOOLS, **(variables or {})}
         self._bos_token = bos_token
         self._eos_token = eos_token
 
@@ -141,11 +145,13 @@ class ChatTemplate(ChatFormatter):
         A template that fails without tools is given an empty list of them, and one that refuses a system message finds
         it at the beginning of the user's first message.
         """
+        given = {name: value for name, value in variables.items() if value is not None}
         tokens = {"bos_token": self._bos_token, "eos_token": self._eos_token}
+        all_variables = {**self._variables, **given, **tokens}
         try:
-            text = self._ask({**_NO_TOOLS, **variables, **tokens})["text"]
+            text = self._ask(all_variables)["text"]
         except TemplateError as error:
-            text = self._ask_otherwise({**_NO_TOOLS, **variables, **tokens}, error)
+            text = self._ask_otherwise(all_variables, error)
         return ChatFormatterResponse(text, stop=[self._eos_token] if self._eos_token else [], added_special=True)
 
     def _ask_otherwise(self, variables: dict[str, Any], error: TemplateError) -> str:
@@ -177,13 +183,16 @@ class ChatTemplate(ChatFormatter):
         return answer
 
 
-def chat_template(model: internals.LlamaModel, template: str) -> ChatTemplate:
+def chat_template(
+    model: internals.LlamaModel, template: str, variables: Mapping[str, Any] | None = None
+) -> ChatTemplate:
     """A template of a model, with the texts of the model's tokens."""
 
     def text(token: int) -> str:
         return model.token_get_text(token) if token != -1 else ""
 
-    return ChatTemplate(template, bos_token=text(model.token_bos()), eos_token=text(model.token_eos()))
+    bos_token, eos_token = text(model.token_bos()), text(model.token_eos())
+    return ChatTemplate(template, bos_token=bos_token, eos_token=eos_token, variables=variables)
 
 
 def template_names(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -211,6 +220,16 @@ def without_system(messages: Any) -> list[dict[str, Any]] | None:
     if not all(isinstance(text, str) for text in texts):
         return None
     return [{**messages[1], "content": "\n".join(texts)}, *messages[2:]]
+
+
+def check_variables(variables: Any) -> dict[str, Any]:
+    """More variables for a chat template. Raises ConfigError for what are none."""
+    if not isinstance(variables, Mapping):
+        raise ConfigError(f"the variables of a chat template must be a JSON object, not {shown(variables)}")
+    taken = sorted({"messages", "bos_token", "eos_token", "add_generation_prompt"} & set(variables))
+    if taken:
+        raise ConfigError(f"the chat template gets {taken[0]} from the conversation and the model")
+    return dict(variables)
 
 
 def check_messages(messages: Any) -> None:

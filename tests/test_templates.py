@@ -13,6 +13,10 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from selfextend_gguf import Llama, templates
 from selfextend_gguf.cli import main
 from selfextend_gguf.errors import TemplateError
+from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.planning import PARAMETERS
+from selfextend_gguf.server.models import ServedModel
+from selfextend_gguf.server.requests import ChatRequest
 from selfextend_gguf.templates import ChatTemplate
 from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama
 
@@ -204,3 +208,71 @@ def test_a_template_that_needs_tools_works_without():
 def test_templates_of_a_folder(path: Path, messages: list[dict[str, str]]):
     text = rendered(path.read_text(encoding="utf-8"), messages)
     assert [m["content"] for m in messages if m["content"] not in text] == []
+
+
+# ---- another template, and more variables ------------------------------------------------------------------------
+
+OTHER = "{{ name or 'nobody' }} asks: {{ messages[-1].content }}|"
+
+
+def asked(*arguments: str) -> int:
+    """Tokens (bytes) of the prompt that `run` reads."""
+    command = ["run", str(TINY_MODEL), "hello", "-n", "1", "-t", "1", "--json", *arguments]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)["prompt_tokens"]
+
+
+@pytest.fixture
+def other(tmp_path) -> str:
+    path = tmp_path / "other.jinja"
+    path.write_text(OTHER)
+    return str(path)
+
+
+def test_a_template_from_a_file_with_variables(other):
+    assert asked() == len("hello")  # the model has none
+    assert asked("--chat-template", other) == len("nobody asks: hello|")
+    assert asked("--chat-template", other, "--chat-template-kwargs", '{"name": "Max"}') == len("Max asks: hello|")
+    assert asked("--chat-template", other, "--raw") == len("hello")
+
+
+def test_a_template_from_a_file_in_a_chat(other, with_template):
+    command = ["chat", with_template("{{ messages[-1].content }}"), "--chat-template-file", other, "-n", "1", "-t", "1"]
+    for variables, text in ((), "nobody"), (("--chat-template-kwargs", '{"name": "Max"}'), "Max"):
+        result = CliRunner().invoke(main, [*command, *variables], input="hello\n/stats\n")
+        assert f"read {len(text + ' asks: hello|')} tokens" in result.stderr
+
+
+def test_a_template_from_a_file_on_a_server(other):
+    arguments = {"verbose": False, **dict.fromkeys(PARAMETERS)}
+    served = ServedModel.from_file(
+        TINY_MODEL, "a", 256, arguments, lambda: None, chat_template=OTHER, template_variables={"name": "Max"}
+    )
+    body = ChatRequest(messages=[{"role": "user", "content": "hello"}])
+    assert len(body.tokens(served)) == len("Max asks: hello|")
+    served.info.close()
+
+
+def test_tools_of_a_call_go_before_those_of_the_template():
+    template = ChatTemplate("{{ tools[0] }}{{ name }}", variables={"tools": ["a"], "name": "b"})
+    assert template(messages=USER, tools=None).prompt == "ab"
+    assert template(messages=USER, tools=["c"]).prompt == "cb"
+
+
+@pytest.mark.parametrize("command", [["run", "MODEL", "text"], ["chat", "MODEL"], ["serve", "MODEL", "--port", "0"]])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chat-template", "/nowhere"], "/nowhere"),
+        (["--chat-template", "BAD"], "bad.jinja: the model's chat template is no template: unexpected 'end of"),
+        (["--chat-template-kwargs", "{"], "'{' is no JSON"),
+        (["--chat-template-kwargs", "[" * 100000], "is no JSON"),
+        (["--chat-template-kwargs", "[1]"], "must be a JSON object, not [1]"),
+        (["--chat-template-kwargs", '{"messages": []}'], "the chat template gets messages from the conversation"),
+    ],
+)
+def test_bad_templates_and_variables(one_line_error, tmp_path, command, flags, message):
+    (tmp_path / "bad.jinja").write_text("{% if")
+    names = {"MODEL": str(TINY_MODEL), "BAD": str(tmp_path / "bad.jinja")}
+    assert message in one_line_error(*(names.get(word, word) for word in [*command, *flags]))

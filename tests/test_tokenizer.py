@@ -688,7 +688,7 @@ def real_model(name):
 def test_gemma_3_reads_behind_one_bos(bos):
     """Without it the model says blank lines only."""
     with ModelInfo(real_model("gemma-3-270m-q4_k_m.gguf")) as info:
-        info.metadata["tokenizer.chat_template"] = bos + "{% for m in messages %}{{ m.content }}{% endfor %}"
+        info.chat_template = bos + "{% for m in messages %}{{ m.content }}{% endfor %}"
         wanted = [2, 818, 5279, 529, 7001, 563]  # <bos>The capital of France is
         assert make_prompt(info, "The capital of France is").tokens == wanted
         assert make_prompt(info, "The capital of France is", raw=True).tokens == wanted

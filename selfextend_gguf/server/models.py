@@ -32,18 +32,25 @@ class ServedModel:
 
     @classmethod
     def from_file(
-        cls, path: Path, alias: str, ctx: int | None, arguments: dict[str, Any], keep: Callable[[], KeptPrompts]
+        cls,
+        path: Path,
+        alias: str,
+        ctx: int | None,
+        arguments: dict[str, Any],
+        keep: Callable[[], KeptPrompts],
+        **template: Any,
     ) -> ServedModel:
-        """Raises ModelFileError, ConfigError when the context cannot be reached, and TemplateError."""
-        info = ModelInfo(path, verbose=arguments["verbose"])
+        """`template` are arguments of `ModelInfo`. Raises ModelFileError, ConfigError when the context cannot be
+        reached, and TemplateError."""
+        info = ModelInfo(path, verbose=arguments["verbose"], **template)
         parameters = {name: arguments[name] for name in PARAMETERS}
         n_ctx = whole_cells(ctx or default_context(info.n_ctx_train, **parameters))
         plan_if_beyond(info.n_ctx_train, n_ctx, **parameters)
         formatter = None
         if info.chat_template:
-            template = chat_formatter(info)
-            template.check()  # rather now than with each request
-            formatter = TextFormatter(template, info.tokenizer)
+            renderer = chat_formatter(info)
+            renderer.check()  # rather now than with each request
+            formatter = TextFormatter(renderer, info.tokenizer)
         return cls(alias, info, n_ctx, formatter, arguments, keep)
 
     def load(self) -> Llama:
