@@ -44,7 +44,6 @@ from .options import (
     take_loading,
     take_sampling,
     take_system,
-    take_template,
     template_options,
     text_options,
     verbose_option,
@@ -52,6 +51,7 @@ from .options import (
 from .progress import reading_bar
 from .prompt_cache import PromptCacheFile, prompt_cache_file
 from .texts import before_question, read_text
+from .thoughts import open_model, reasoning_option, shown
 
 _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 
@@ -62,6 +62,7 @@ _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 @context_option
 @text_options
 @template_options
+@reasoning_option
 @self_extend_options
 @sampling_options
 @device_options
@@ -77,6 +78,7 @@ def chat(
     raw: bool,
     special: bool,
     system: str | None,
+    reasoning: str,
     seed: int,
     prompt_cache: Path | None,
     prompt_cache_ro: Path | None,
@@ -96,14 +98,14 @@ def chat(
     system = take_system(options, system)
     loading = take_loading(options)
     cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
-    with ModelInfo(model, verbose=options["verbose"], **take_template(options)) as info:
+    with open_model(model, options, reasoning) as info:
         sampling = take_sampling(options, info)
         # The seed is that of a sequence of answers; given to each answer, it would make /regen repeat itself.
         llm = open_llama(info, ctx, cache, n_batch=batch_size, seed=seed, **loading, **llama_arguments(**options))
         try:
             cache.load(llm)
             conversation = Conversation(llm, info, system=system, raw=raw, special=special)
-            dialogue = Dialogue(conversation, llm, info, predict, sampling)
+            dialogue = Dialogue(conversation, llm, info, predict, sampling, reasoning)
             if is_terminal:
                 note(f"{model.name}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}). /help for help.")
             if conversation.raw and not raw:
@@ -166,13 +168,20 @@ class Dialogue:
     """What messages and commands do."""
 
     def __init__(
-        self, conversation: Conversation, llm: Llama, info: ModelInfo, predict: int, sampling: dict[str, Any]
+        self,
+        conversation: Conversation,
+        llm: Llama,
+        info: ModelInfo,
+        predict: int,
+        sampling: dict[str, Any],
+        reasoning: str,
     ) -> None:
         self._conversation = conversation
         self._llm = llm
         self._info = info
         self._predict = predict
         self._sampling = sampling
+        self._reasoning = reasoning
         self._attached: list[str] = []  # texts to put before the next message
         self._timings: Timings | None = None  # of the last answer
 
@@ -224,7 +233,7 @@ class Dialogue:
                     with reading_bar(erase=True) as show:
                         first = next(pieces, None)
                     for last in chain([first] if first else [], pieces):
-                        click.echo(last.text, nl=False)
+                        click.echo(shown(last, self._reasoning), nl=False)
                         check()
                 except KeyboardInterrupt:
                     if last is None:

@@ -15,7 +15,6 @@ import click
 from selfextend_gguf._native import watch_interrupts
 from selfextend_gguf.generate import Piece, Timings, stream_completion
 from selfextend_gguf.llama import Llama
-from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import check_room, whole_cells
 from selfextend_gguf.prompt import Prompt, make_prompt
 
@@ -34,7 +33,6 @@ from .options import (
     take_loading,
     take_sampling,
     take_system,
-    take_template,
     template_options,
     text_options,
     verbose_option,
@@ -42,6 +40,7 @@ from .options import (
 from .progress import reading_bar
 from .prompt_cache import PromptCacheFile, prompt_cache_file
 from .texts import before_question, read_standard_input, read_text
+from .thoughts import open_model, reasoning_option, shown
 
 UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is given
 
@@ -56,6 +55,7 @@ UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is give
 @click.option("-c", "--ctx", type=click.IntRange(1), help="Context in tokens [what prompt and answer need].")
 @text_options
 @template_options
+@reasoning_option
 @self_extend_options
 @sampling_options
 @device_options
@@ -75,6 +75,7 @@ def run(
     raw: bool,
     special: bool,
     system: str | None,
+    reasoning: str,
     seed: int,
     prompt_cache: Path | None,
     prompt_cache_ro: Path | None,
@@ -104,7 +105,7 @@ def run(
         return
     system = take_system(options, system)
     loading = take_loading(options)
-    with ModelInfo(model, verbose=options["verbose"], **take_template(options)) as info:
+    with open_model(model, options, reasoning) as info:
         sampling = take_sampling(options, info) | {"seed": seed}
         tokens = make_prompt(info, text, system, raw=raw, special=special)
         if not tokens.tokens:
@@ -128,11 +129,11 @@ def run(
         began = time.perf_counter()
         cache.load(llm)
         opening["restore_seconds"] = time.perf_counter() - began
-        answer, last = print_answer(llm, tokens, predict, sampling, cache, echo=not as_json)
+        answer = print_answer(llm, tokens, predict, sampling, cache, reasoning, echo=not as_json)
         if as_json:
-            click.echo(json.dumps(record(model, llm, answer, last, opening)))
-        if timings and last:
-            print_timings(last.timings, opening)
+            click.echo(json.dumps(record(model, llm, answer, reasoning, opening)))
+        if timings:
+            print_timings(answer[-1].timings, opening)
     finally:
         llm.close()
 
@@ -154,10 +155,17 @@ def read_prompt(argument: str | None, option: str | None, file: Path | None) -> 
 
 
 def print_answer(
-    llm: Llama, prompt: Prompt, max_tokens: int, sampling: dict[str, Any], cache: PromptCacheFile, *, echo: bool
-) -> tuple[str, Piece | None]:
-    """Generate, streaming to standard output if `echo`; the whole answer and its last piece."""
-    answer, last = [], None
+    llm: Llama,
+    prompt: Prompt,
+    max_tokens: int,
+    sampling: dict[str, Any],
+    cache: PromptCacheFile,
+    reasoning: str,
+    *,
+    echo: bool,
+) -> list[Piece]:
+    """Generate, streaming to standard output if `echo`; the pieces of the answer."""
+    answer: list[Piece] = []
     is_read = False
     try:
         with reading_bar() as show:
@@ -172,10 +180,9 @@ def print_answer(
             pieces = stream_completion(llm, prompt, max_tokens=max_tokens, on_read=on_read, **sampling)
             first = next(pieces, None)
         for piece in chain([first] if first else [], pieces):
-            answer.append(piece.text)
-            last = piece
+            answer.append(piece)
             if echo:
-                click.echo(piece.text, nl=False)
+                click.echo(shown(piece, reasoning), nl=False)
     except KeyboardInterrupt:
         if is_read:
             click.echo("\nInterrupted while generating.", err=True)
@@ -185,21 +192,25 @@ def print_answer(
         sys.exit(EXIT_INTERRUPTED)
     if echo:
         click.echo()
-    if last is not None and last.fills(llm.n_ctx()):
+    last = answer[-1]
+    if last.fills(llm.n_ctx()):
         click.echo(f"The context of {llm.n_ctx()} tokens is full: a larger --ctx makes room.", err=True)
-    return "".join(answer), last
+    elif last.finish_reason == "length" and last.kind == "thought" and reasoning != "show":
+        click.echo(f"The model was still thinking after {max_tokens} tokens (-n).", err=True)
+    return answer
 
 
-def record(model: Path, llm: Llama, answer: str, last: Piece | None, opening: dict[str, float]) -> dict[str, Any]:
+def record(model: Path, llm: Llama, answer: list[Piece], reasoning: str, opening: dict[str, float]) -> dict[str, Any]:
     """Everything about a completion, for --json."""
-    timings = last.timings.as_dict() if last else {}
+    timings = answer[-1].timings.as_dict()
     return {
         "model": str(model),
-        "text": answer,
-        "finish_reason": last.finish_reason if last else None,
-        "prompt_tokens": timings.pop("prompt_tokens", 0),
-        "cached_tokens": timings.pop("cached_tokens", 0),
-        "generated_tokens": timings.pop("generated_tokens", 0),
+        "text": "".join(piece.text for piece in answer if piece.kind == "answer" or reasoning == "show"),
+        "reasoning": "".join(piece.text for piece in answer if piece.kind == "thought").strip() or None,
+        "finish_reason": answer[-1].finish_reason,
+        "prompt_tokens": timings.pop("prompt_tokens"),
+        "cached_tokens": timings.pop("cached_tokens"),
+        "generated_tokens": timings.pop("generated_tokens"),
         "n_ctx": llm.n_ctx(),
         "self_extend": asdict(llm.self_extend) if llm.self_extend else None,
         "timings": {**opening, **timings},

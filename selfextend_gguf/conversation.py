@@ -14,6 +14,9 @@ from selfextend_gguf.generate import Piece, stream_completion
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.prompt import Message, Prompt, render, uses_template, with_system
+from selfextend_gguf.reasoning import end_of_open_thought
+
+_KEYS = ("role", "content", "reasoning_content")  # of a message
 
 
 class Conversation:
@@ -21,7 +24,8 @@ class Conversation:
 
     Each turn reads only what the cache lacks, also after `undo`, another answer or a loaded cache. The model's chat
     template is used if there is one; else, and with `raw`, the texts simply go on from each other. With `special`,
-    special tokens are recognised in the texts.
+    special tokens are recognised in the texts. What the model thinks before an answer is no part of its message, but
+    for texts that simply go on: the template gets it as "reasoning_content".
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Conversation:
         if fault:
             raise ConversationError(f"{path} is no saved conversation: {fault}")
         self.system = saved.get("system")
-        self.messages = [{"role": m["role"], "content": m["content"]} for m in saved["messages"]]
+        self.messages = [{key: m[key] for key in _KEYS if key in m} for m in saved["messages"]]
 
     def save_cache(self, path: Path) -> None:
         """Write what the cache holds, so that `load_cache` spares reading the messages again."""
@@ -103,17 +107,22 @@ class Conversation:
         prompt = self._prompt(messages)
         if not prompt.tokens:
             raise ConversationError("the message is empty")
-        answer, ended = "", False
+        said, ended = dict.fromkeys(("answer", "thought", "tag"), ""), False
+        whole = ""
         with contextlib.closing(stream_completion(self._llm, prompt, max_tokens=max_tokens, **generation)) as pieces:
             try:
                 for piece in pieces:
-                    answer += piece.text
+                    whole += piece.text
+                    said[piece.kind] += piece.text
                     ended = piece.finish_reason is not None
                     yield piece
             finally:
-                if answer or ended:
-                    self.messages = [*messages, {"role": "assistant", "content": answer}]
-                    self._note_answer(prompt, answer)
+                if whole or ended:
+                    message = {"role": "assistant", "content": whole if self.raw else said["answer"]}
+                    if said["thought"].strip() and not self.raw:
+                        message["reasoning_content"] = said["thought"].strip()
+                    self.messages = [*messages, message]
+                    self._note_answer(prompt, whole)
 
     def _prompt(self, messages: list[Message]) -> Prompt:
         """Tokens for the answer to `messages`; they begin with known ones as far as the text does."""
@@ -127,7 +136,7 @@ class Conversation:
                 rest, special=rendering.special, marks=rendering.marks, begins=not known.text
             )
             known.append(rest, more)
-        return Prompt(list(known.tokens), rendering.stop)
+        return Prompt(list(known.tokens), rendering.stop, end_of_open_thought(rendering.text))
 
     def _note_answer(self, prompt: Prompt, answer: str) -> None:
         """Append the answer to the transcript, as far as the tokens cached after the prompt spell it.
@@ -184,7 +193,8 @@ def _fault_of(saved: Any) -> str | None:
         return "the system message is no text"
     for n, message in enumerate(saved["messages"]):
         role = ("user", "assistant")[n % 2]
-        if not isinstance(message, dict) or message.get("role") != role or not _is_text(message.get("content")):
+        texts = [message.get("content"), message.get("reasoning_content", "")] if isinstance(message, dict) else [None]
+        if not all(map(_is_text, texts)) or message.get("role") != role:
             return f"message {n + 1} is no text of role {role}"
     if len(saved["messages"]) % 2:
         return "the last message has no answer"

@@ -12,6 +12,8 @@ from llama_cpp.llama_types import CreateCompletionStreamResponse
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.planning import check_room
 from selfextend_gguf.prompt import Prompt
+from selfextend_gguf.reasoning import FAMILIES, Kind, Splitter
+from selfextend_gguf.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ def _rate(tokens: int, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of the answer; `finish_reason` is "stop" or "length" in the last one."""
+    """A piece of what the model says; `finish_reason` is "stop" or "length" in the last one."""
 
+    kind: Kind
     text: str
     finish_reason: str | None
     timings: Timings
@@ -49,6 +52,14 @@ class Piece:
         """Whether the answer was cut because a context of so many tokens is full."""
         n_tokens = self.timings.prompt_tokens + self.timings.generated_tokens
         return self.finish_reason == "length" and n_tokens >= n_ctx
+
+
+def spelled_tags(tokenizer: object) -> list[str]:
+    """The tags around thoughts that are control tokens of a model, and would not be seen in what it says."""
+    if not isinstance(tokenizer, Tokenizer):
+        return []
+    families = [tags for tags in FAMILIES if tokenizer.spelled_in([tags.begin])]
+    return [text for tags in families for text in (tags.begin, tags.end, *tags.others)]
 
 
 def stream_completion(
@@ -91,12 +102,20 @@ def stream_completion(
             rewrite_seconds=llm.rewrite_stats.seconds - rewritten_before,
         )
 
+    splitter = Splitter(prompt.thought_end)
     llm.progress = progress
+    llm.spelled = spelled_tags(llm.tokenizer_)
     try:
         chunks = llm.create_completion(prompt.tokens, max_tokens=max_tokens, stop=prompt.stop, stream=True, **sampling)
         for chunk in cast("Iterator[CreateCompletionStreamResponse]", chunks):  # as always with `stream`
             choice = chunk["choices"][0]
-            yield Piece(choice["text"], choice["finish_reason"], timings)
+            for kind, text in splitter.feed(choice["text"]):
+                yield Piece(kind, text, None, timings)
+            if choice["finish_reason"] is not None:
+                for kind, text in splitter.finish():
+                    yield Piece(kind, text, None, timings)
+                yield Piece(splitter.kind, "", choice["finish_reason"], timings)
     finally:
+        llm.spelled = ()
         if llm.progress is progress:  # not another completion's
             llm.progress = None

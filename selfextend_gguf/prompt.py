@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from selfextend_gguf.errors import ConfigError, TemplateError
 from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.reasoning import OFF, ON, end_of_open_thought, speaks_of_thoughts
 from selfextend_gguf.templates import ChatTemplate, chat_template
 from selfextend_gguf.tokenizer import NO_MARKS, Marks
 
-Message = dict[str, str]  #: "role" ("system", "user" or "assistant") and "content", as chat templates take them
+#: "role" ("system", "user" or "assistant"), "content" and, where the model thought, "reasoning_content", as chat
+#: templates take them.
+Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Prompt:
 
     tokens: list[int]
     stop: list[str] = field(default_factory=list)
+    thought_end: str | None = None  # the tag that ends the thought which the prompt begins, if it begins one
 
 
 def render_raw(messages: Sequence[Message], *, special: bool = False) -> Rendering:
@@ -64,6 +69,18 @@ def render_chat(info: ModelInfo, messages: Sequence[Message], *, special: bool =
     return Rendering(rendered.prompt, True, marks, [s for s in stop if s])
 
 
+def always_thinks(info: ModelInfo) -> bool:
+    """Whether the chat template is for a model that thinks, and none of the usual variables switches that off."""
+    template = info.chat_template
+    if template is None or not speaks_of_thoughts(template):
+        return False
+    question = [{"role": "user", "content": "?"}]
+    with contextlib.suppress(TemplateError):  # whoever uses it will hear of it
+        off, on = (chat_template(info.model, template, switch)(messages=question).prompt for switch in (OFF, ON))
+        return off == on
+    return False
+
+
 def uses_template(info: ModelInfo, *, raw: bool) -> bool:
     """Whether messages are put into the model's chat template: if it has one, unless they shall stay as they are."""
     return info.chat_template is not None and not raw
@@ -85,7 +102,7 @@ def make_prompt(
     """
     rendering = render(info, with_system(system, [{"role": "user", "content": text}]), raw=raw, special=special)
     tokens = info.tokenizer.tokens(rendering.text, special=rendering.special, marks=rendering.marks)
-    return Prompt(tokens, rendering.stop)
+    return Prompt(tokens, rendering.stop, end_of_open_thought(rendering.text))
 
 
 def with_system(system: str | None, messages: Sequence[Message]) -> list[Message]:

@@ -95,6 +95,8 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         self._run = _Run([])
         #: Called after every decode with (tokens done, tokens asked for) of the running `eval`.
         self.progress: Callable[[int, int], None] | None = None
+        #: Texts whose control tokens are spelled in completions; those of stop strings always are.
+        self.spelled: Sequence[str] = ()
         self._load(**arguments)
         if self.draft_model is not None:
             self.draft_model = StepLimitedDraft(self.draft_model, self._longest_step)
@@ -249,7 +251,7 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         if not isinstance(tokenizer, Tokenizer):
             yield from super()._create_completion(prompt, *args, **kwargs)
             return
-        spelled = tokenizer.spelled_in([stop] if isinstance(stop, str) else stop)
+        spelled = tokenizer.spelled_in([*([stop] if isinstance(stop, str) else stop), *self.spelled])
         if isinstance(prompt, str):
             encode(prompt)  # where it fails, it fails with an error of ours
             prompt = prompt if kwargs.get("suffix") is not None else tokenizer.without_bos(prompt)

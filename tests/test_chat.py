@@ -52,6 +52,7 @@ class Terminal:
         self.screen.write_process_input = self.program.send  # the terminal's answer to "where is the cursor?"
         self.stream = pyte.Stream(self.screen)
         self.has_ended = False
+        self.received = ""  # with escape sequences
 
     def lines(self) -> list[str]:
         return [line.rstrip() for line in self.screen.display if line.strip()]
@@ -69,7 +70,9 @@ class Terminal:
         """Show what comes, waiting at most so long for the first of it."""
         try:
             for _ in range(100):  # an answer comes in single characters; looking at the screen takes longer
-                self.stream.feed(self.program.read_nonblocking(4096, timeout=seconds))
+                received = self.program.read_nonblocking(4096, timeout=seconds)
+                self.received += received
+                self.stream.feed(received)
                 seconds = 0
         except pexpect.TIMEOUT:
             pass
@@ -223,6 +226,52 @@ def test_the_bar_fits_a_narrow_terminal(terminal, tmp_path, heldout_text):
     assert [line for line in lines if line.startswith("Reading")] == lines[1:]  # one line, drawn over itself
     (tmp_path / "reading").unlink()
     term.until(r"^> And so\n(?!Reading).+\n>\Z")
+
+
+THINKING = "{% for m in messages %}{{ m.content }}|{% endfor %}{% if enable_thinking == false %}no{% endif %}<think>"
+THOUGHT = 'root ::= "hm" "</think>" "Yes."'
+
+
+def dimmed(text: str) -> str:
+    """What of a terminal's input is dimmed."""
+    return "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", text))
+
+
+@pytest.mark.parametrize(
+    ("flags", "colours", "answer", "dim"),
+    [
+        ([], True, "hm</think>Yes.", "hm</think>"),
+        ([], False, "hm</think>Yes.", ""),
+        (["--reasoning", "hide"], True, "Yes.", ""),
+        (["--reasoning", "off"], True, "Yes.", ""),
+    ],
+)
+def test_thoughts_on_a_terminal(terminal, tmp_path, monkeypatch, flags, colours, answer, dim):
+    monkeypatch.setenv("NO_COLOR", "" if colours else "1")
+    (tmp_path / "t").write_text(THINKING)
+    options = ["-t", "1", "-c", "256", "--chat-template", str(tmp_path / "t"), "--grammar", THOUGHT, *flags]
+    term = terminal("chat", MODEL, *options)
+    n_before = len(term.received)
+    assert term.enter("What?")[-3:] == ["> What?", answer, ">"]
+    assert dimmed(term.received[n_before:]) == dim
+    n_read = len("What?|<think>") + 2 * ("off" in flags)
+    assert any(f"read {n_read} tokens" in line for line in term.enter("/stats"))
+    term.type("\x04")
+    assert term.exit_code() == 0
+
+
+def test_thoughts_of_run_on_a_terminal(tmp_path):
+    (tmp_path / "t").write_text(THINKING)
+    options = ["-t", "1", "--chat-template", str(tmp_path / "t"), "--grammar", THOUGHT]
+    for variables, answer in ({"NO_COLOR": ""}, "hm</think>"), ({"NO_COLOR": "1"}, ""), ({"TERM": "dumb"}, ""):
+        environment = {**os.environ, "TERM": "xterm", **variables}
+        program = pexpect.spawn(
+            COMMAND, ["run", MODEL, "What?", *options], env=environment, encoding="utf-8", timeout=GIVE_UP
+        )
+        program.expect(pexpect.EOF)
+        program.close()
+        assert dimmed(program.before) == answer
+        assert re.sub(r"\x1b\[[0-9]m", "", program.before).endswith("hm</think>Yes.\r\n")
 
 
 def test_run_without_a_prompt_asks_for_one_where_no_chat_is_possible():

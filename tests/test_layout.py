@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each floor may import those below it, and files of its own floor in one direction. A folder stands for its files.
 FLOORS = [
-    ["errors", "atomic_file", "models", "drafting"],
+    ["errors", "atomic_file", "models", "drafting", "reasoning"],
     ["checks", "turns"],
     ["tiny", "schedule"],
     ["planning", "kv_cache", "reference", "grammar", "json_schema", "chat_schemas"],

@@ -472,6 +472,29 @@ def test_a_conversation_with_special_texts_is_read_once(chatml, opened):
     assert END not in read_by(llm)[: len(of("<|im_start|>user\n"))]
 
 
+def test_control_tokens_around_a_thought_are_seen(write, opened):
+    """They spell nothing otherwise, and the thought could not be told from the answer."""
+    info, llm = opened(write(special=SPECIAL | dict.fromkeys(("[THINK]", "[/THINK]"), gguf.TokenType.CONTROL)))
+    think = 256 + len(SPECIAL)
+    forced = [think, *of("hm"), think + 1, *of("Yes"), END]
+
+    def force(tokens, scores):
+        scores[:] = -np.inf
+        scores[forced[len(tokens) - n_prompt]] = 0
+        return scores
+
+    chat = Conversation(llm, info)
+    for turn in range(2):
+        n_prompt = len(make_prompt(info, "hi").tokens) * (turn + 1) + len([*of("Yes"), END, *of("\n")]) * turn
+        pieces = list(chat.ask("hi", max_tokens=20, logits_processor=[force]))
+        assert [(p.kind, p.text) for p in pieces if p.text] == [
+            ("tag", "[THINK]"), ("thought", "h"), ("thought", "m"), ("tag", "[/THINK]"), *(("answer", c) for c in "Yes")
+        ]  # fmt: skip
+        assert chat.messages[-1] == {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}
+    elsewhere = llm.create_completion([think], max_tokens=1, logit_bias={think: 1e6})
+    assert elsewhere["choices"][0]["text"] == ""
+
+
 def test_a_vocabulary_that_puts_spaces_before_texts(tmp_path, monkeypatch):
     """SentencePiece: a text behind a special token begins with a space, as in one call of llama.cpp."""
 

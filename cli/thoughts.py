@@ -1,0 +1,46 @@
+"""--reasoning: what a model thinks before it answers, on the screen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from selfextend_gguf.generate import Piece
+from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.prompt import always_thinks
+from selfextend_gguf.reasoning import OFF
+
+from .options import take_template
+
+reasoning_option = click.option(
+    "--reasoning",
+    type=click.Choice(["show", "hide", "off"]),
+    default="show",
+    show_default=True,
+    help="What the model thinks before it answers: show it, dimmed on a terminal; hide it; or do without.",
+)
+
+
+def open_model(path: Path, options: dict[str, Any], reasoning: str) -> ModelInfo:
+    """The model file with the chat template and its variables that `options` ask for, which are taken out of them."""
+    template = take_template(options)
+    if reasoning == "off":
+        template["template_variables"] = OFF | template["template_variables"]
+    info = ModelInfo(path, verbose=options["verbose"], **template)
+    if reasoning == "off" and always_thinks(info):
+        click.echo("Warning: the chat template cannot switch thinking off; what the model thinks is hidden", err=True)
+    return info
+
+
+def shown(piece: Piece, reasoning: str) -> str:
+    """What of a piece goes to standard output."""
+    if piece.kind == "answer":
+        return piece.text
+    if reasoning != "show":
+        return ""
+    # click takes the colour out where standard output is no terminal.
+    has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return click.style(piece.text, dim=True) if has_colours and piece.text else piece.text
