@@ -42,6 +42,7 @@ from .options import (
     sampling_options,
     self_extend_options,
     take_loading,
+    take_more_samplers,
     take_sampling,
     take_system,
     template_options,
@@ -97,11 +98,13 @@ def chat(
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     system = take_system(options, system)
     loading = take_loading(options)
+    more_samplers = take_more_samplers(options)
     cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
     with open_model(model, options, reasoning) as info:
         sampling = take_sampling(options, info)
         # The seed is that of a sequence of answers; given to each answer, it would make /regen repeat itself.
         llm = open_llama(info, ctx, cache, n_batch=batch_size, seed=seed, **loading, **llama_arguments(**options))
+        llm.more_samplers = more_samplers
         try:
             cache.load(llm)
             conversation = Conversation(llm, info, system=system, raw=raw, special=special)

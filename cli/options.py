@@ -8,6 +8,7 @@ import re
 import secrets
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from selfextend_gguf.chat_schemas import SchemaGrammar
 from selfextend_gguf.errors import ConfigError, TemplateError
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.more_samplers import MoreSamplers
 from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED, check_parameters
 from selfextend_gguf.sampling import end_tokens
 from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
@@ -268,6 +270,66 @@ sampling_options = _combine(
         "--mirostat-ent", type=click.FloatRange(0), default=5.0, show_default=True, help="Entropy Mirostat aims at."
     ),
     click.option(
+        "--top-nsigma",
+        "top_n_sigma",
+        type=float,
+        default=-1.0,
+        show_default=True,
+        help="Leave out tokens so many standard deviations below the likeliest; negative = none.",
+    ),
+    click.option(
+        "--xtc-probability",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        show_default=True,
+        help="Probability of leaving out the likeliest tokens (XTC).",
+    ),
+    click.option(
+        "--xtc-threshold",
+        type=click.FloatRange(0, 1),
+        default=0.1,
+        show_default=True,
+        help="Least probability of those tokens.",
+    ),
+    click.option(
+        "--dynatemp-range",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="Temperature that goes so far up and down with the entropy.",
+    ),
+    click.option(
+        "--dynatemp-exp", "dynatemp_exponent", type=float, default=1.0, show_default=True, help="Its exponent."
+    ),
+    click.option(
+        "--dry-multiplier",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="Penalty on going on with a repetition (DRY); 0 = off.",
+    ),
+    click.option("--dry-base", type=float, default=1.75, show_default=True, help="Base of that penalty."),
+    click.option(
+        "--dry-allowed-length",
+        type=click.IntRange(0),
+        default=2,
+        show_default=True,
+        help="Repetitions of so many tokens are free.",
+    ),
+    click.option(
+        "--dry-penalty-last-n",
+        type=click.IntRange(-1),
+        default=-1,
+        show_default=True,
+        help="Latest tokens in which repetitions are looked for; -1 = the context.",
+    ),
+    click.option(
+        "--dry-sequence-breaker",
+        "dry_sequence_breakers",
+        multiple=True,
+        help='Text that ends repetitions, several times; none = no such text [a line break, :, ", *].',
+    ),
+    click.option(
         "--logit-bias",
         multiple=True,
         metavar="TOKEN+BIAS",
@@ -300,6 +362,15 @@ def take_sampling(options: dict[str, Any], info: ModelInfo) -> dict[str, Any]:
     if options.pop("ignore_eos"):
         bias |= dict.fromkeys(end_tokens(info.model), -math.inf)
     return sampling | {"logit_bias": bias or None, "grammar": _take_grammar(options)}
+
+
+def take_more_samplers(options: dict[str, Any]) -> MoreSamplers:
+    """Move the values of the other `sampling_options` into what `Llama.more_samplers` can be. ConfigError."""
+    values = {field.name: options.pop(field.name) for field in fields(MoreSamplers)}
+    breakers = values.pop("dry_sequence_breakers")
+    if breakers:
+        values["dry_sequence_breakers"] = [] if breakers == ("none",) else breakers
+    return MoreSamplers(**values)
 
 
 def _bias(text: str) -> tuple[int, float]:

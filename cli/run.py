@@ -31,6 +31,7 @@ from .options import (
     sampling_options,
     self_extend_options,
     take_loading,
+    take_more_samplers,
     take_sampling,
     take_system,
     template_options,
@@ -105,6 +106,7 @@ def run(
         return
     system = take_system(options, system)
     loading = take_loading(options)
+    more_samplers = take_more_samplers(options)
     with open_model(model, options, reasoning) as info:
         sampling = take_sampling(options, info) | {"seed": seed}
         tokens = make_prompt(info, text, system, raw=raw, special=special)
@@ -124,6 +126,7 @@ def run(
             **llama_arguments(**options),
         )
     opening = {"load_seconds": time.perf_counter() - began}
+    llm.more_samplers = more_samplers
     watch_interrupts(llm.ctx)
     try:
         began = time.perf_counter()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import llama_cpp
+import llama_cpp._internals as internals
 import numpy as np
 from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_chat_format import get_chat_completion_handler, guess_chat_format_from_gguf_metadata
@@ -46,6 +47,7 @@ from selfextend_gguf.handles import check_tokens, make_safe
 from selfextend_gguf.json_schema.forms import form, matcher, vocabulary
 from selfextend_gguf.logprobs import Scored
 from selfextend_gguf.model_info import model_file_error, set_log_level
+from selfextend_gguf.more_samplers import MoreSamplers
 from selfextend_gguf.planning import check_room, whole_cells
 from selfextend_gguf.sampling import COMPLETION, ProcessedSampler, Processors, Sampler, as_processors, check_sampling
 from selfextend_gguf.templates import (
@@ -97,6 +99,8 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         self.progress: Callable[[int, int], None] | None = None
         #: Texts whose control tokens are spelled in completions; those of stop strings always are.
         self.spelled: Sequence[str] = ()
+        #: Samplers beside those of `create_completion`, for all completions.
+        self.more_samplers = MoreSamplers()
         self._load(**arguments)
         if self.draft_model is not None:
             self.draft_model = StepLimitedDraft(self.draft_model, self._longest_step)
@@ -447,16 +451,22 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
             sampling["logits_processor"] = llama_cpp.LogitsProcessorList([processors])
         sampler: Sampler
         if grammar is None:
-            sampler = super()._init_sampler(**sampling)
+            sampler = self._chain(sampling)
         elif isinstance(grammar, SchemaGrammar):
             following = matcher(form(json.loads(grammar.schema)), self._spelling)
-            sampler = SchemaSampler(super()._init_sampler(**sampling), following, self._n_vocab)
+            sampler = SchemaSampler(self._chain(sampling), following, self._n_vocab)
         elif isinstance(grammar, LlamaGrammar):
             check_grammar(self._model.vocab, check_text("the grammar", grammar._grammar), grammar._root)
-            sampler = GrammarSampler(super()._init_sampler(**sampling, grammar=grammar), self._n_vocab)
+            sampler = GrammarSampler(self._chain(sampling | {"grammar": grammar}), self._n_vocab)
         else:
             raise GrammarError(f"grammar must be made by LlamaGrammar.from_string, not {shown(grammar)}")
         return sampler if processors is None else ProcessedSampler(sampler, processors)
+
+    def _chain(self, sampling: dict[str, Any]) -> internals.LlamaSampler:
+        chain: internals.LlamaSampler = super()._init_sampler(**sampling)
+        temp = sampling.get("temp", 0.8)  # theirs
+        self.more_samplers.add_to(chain, self._model, temp=temp, n_ctx=self.n_ctx(), seed=self._seed)
+        return chain
 
     # ---- completions -----------------------------------------------------------------------------------------
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
+import llama_cpp._internals as internals
 import pytest
 from click.testing import CliRunner, Result
 
@@ -46,6 +48,66 @@ def test_a_sampler_is_llama_cpps_own(flags: list[str], sampling: dict[str, Any],
     expected: Any = llm.create_completion(PROMPT, max_tokens=24, seed=7, **(defaults | sampling))
     assert text(*flags) == expected["choices"][0]["text"]
     assert text(*flags) != text()  # the flag does something
+
+
+class Chained(llama_cpp.Llama):
+    """llama_cpp's own, with a chain in the order of llama.cpp's tools."""
+
+    def __init__(self, **numbers: Any) -> None:
+        super().__init__(str(TINY_MODEL), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+        self.numbers = SimpleNamespace(
+            **{"temp": 0.8, "dry": (0.0, 1.75, 2, 512), "top_n_sigma": -1.0, "xtc": (0.0, 0.1), "dynatemp": (0.0, 1.0)}
+            | numbers
+        )
+
+    def _init_sampler(self, **_: Any) -> internals.LlamaSampler:
+        numbers, sampler = self.numbers, internals.LlamaSampler()
+        sampler.add_dry(self._model, *numbers.dry, ["\n", ":", '"', "*"])
+        if numbers.temp == 0:
+            sampler.add_greedy()
+            return sampler
+        sampler.add_top_n_sigma(numbers.top_n_sigma)
+        sampler.add_top_k(40)
+        sampler.add_top_p(0.95, 1)
+        sampler.add_min_p(0.05, 1)
+        sampler.add_xtc(*numbers.xtc, 1, self._seed)
+        sampler.add_temp_ext(numbers.temp, *numbers.dynatemp)
+        sampler.add_dist(self._seed)
+        return sampler
+
+
+@pytest.mark.parametrize(
+    ("flags", "numbers"),
+    [
+        ([], {}),
+        (["--top-nsigma", "0.2"], {"top_n_sigma": 0.2}),
+        (["--xtc-probability", "0.9", "--xtc-threshold", "0.05"], {"xtc": (0.9, 0.05)}),
+        (["--dynatemp-range", "0.8", "--dynatemp-exp", "0.5"], {"dynatemp": (0.8, 0.5)}),
+        (["--dry-multiplier", "3", "--dry-base", "2", "--dry-allowed-length", "1"], {"dry": (3.0, 2.0, 1, 512)}),
+        (["--dry-multiplier", "9", "--dry-penalty-last-n", "40", *GREEDY], {"dry": (9.0, 1.75, 2, 40), "temp": 0}),
+        (["--dry-multiplier", "9", *GREEDY], {"dry": (9.0, 1.75, 2, 512), "temp": 0}),
+    ],
+)
+def test_more_samplers_are_llama_cpps_own(flags: list[str], numbers: dict[str, Any]):
+    long = ("-n", "96")  # enough for repetitions
+    expected: Any = Chained(**numbers).create_completion(PROMPT, max_tokens=96, seed=7)
+    assert text(*long, *flags) == expected["choices"][0]["text"]
+    if flags:
+        assert text(*long, *flags) != text(*long, *flags[-2:] if "--temp" in flags else ())  # the flag does something
+
+
+def test_texts_that_end_repetitions():
+    flags = ("-n", "96", "--temp", "0", "--dry-multiplier", "9")
+    assert text(*flags, "--dry-sequence-breaker", " ") != text(*flags)
+    assert text(*flags, "--dry-sequence-breaker", "none") == text(*flags, "--dry-sequence-breaker", "~")
+
+
+def test_more_samplers_beside_a_grammar_and_a_schema():
+    flags = ("--top-nsigma", "0.1", "--xtc-probability", "0.5", "--dry-multiplier", "1", "--dynatemp-range", "0.3")
+    assert set(text(*flags, "--grammar", "root ::= [ab]*")) <= set("ab")
+    assert json.loads(text(*flags, "-j", '{"enum": ["left", "right"]}')) in ("left", "right")
+    assert text(*flags, "-n", "8", "--logit-bias", "65+1000") == "A" * 8  # a few more, and the repetition is broken
+    assert text(*flags, "--mirostat", "2")
 
 
 def test_a_bias_and_no_end():
@@ -102,6 +164,11 @@ def test_a_grammar_that_is_none():
         (["--logit-bias", "99999+1"], "logit_bias"),
         (["--presence-penalty", "nan"], "presence_penalty"),
         (["--mirostat", "3"], "--mirostat"),
+        (["--top-nsigma", "nan"], "top_n_sigma"),
+        (["--xtc-threshold", "2"], "--xtc-threshold"),
+        (["--dynatemp-exp", "inf"], "dynatemp_exponent"),
+        (["--dry-base", "1e40"], "dry_base"),
+        (["--dry-penalty-last-n", "9999999999"], "dry_penalty_last_n"),
         (["--grammar", "a", "-j", "{}"], "not both"),
         (["-j", "{"], "no JSON"),
         (["-jf", "/nowhere"], "/nowhere"),

@@ -17,7 +17,7 @@ FLOORS = [
     ["checks", "turns"],
     ["tiny", "schedule"],
     ["planning", "kv_cache", "reference", "grammar", "json_schema", "chat_schemas"],
-    ["handles", "sampling", "logprobs", "templates", "template_worker"],
+    ["handles", "sampling", "more_samplers", "logprobs", "templates", "template_worker"],
     ["_native"],
     ["tokenizer", "model_info", "context", "prompt_cache", "arguments"],
     ["memory", "prompt", "adapters"],
