@@ -7,7 +7,7 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +18,7 @@ import click
 import psutil
 
 from selfextend_gguf.conversation import Conversation
+from selfextend_gguf.documents import Document, Pages, parse_pages
 from selfextend_gguf.errors import (
     ContextFullError,
     ConversationError,
@@ -51,7 +52,14 @@ from .options import (
 )
 from .progress import reading_bar
 from .prompt_cache import PromptCacheFile, prompt_cache_file
-from .texts import before_question, read_text
+from .texts import (
+    STANDARD_INPUT,
+    before_question,
+    describe,
+    pages_option,
+    pages_that_fit,
+    read_documents,
+)
 from .thoughts import open_model, reasoning_option, shown
 
 _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
@@ -59,7 +67,15 @@ _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 
 @click.command()
 @model_argument
-@click.option("-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text file to put before the first message.")
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Text or document to put before the first message; may be given several times.",
+)
+@pages_option
 @context_option
 @text_options
 @template_options
@@ -72,7 +88,8 @@ _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 @verbose_option
 def chat(
     model: Path,
-    file: Path | None,
+    files: tuple[Path, ...],
+    pages: Pages | None,
     ctx: int | None,
     predict: int,
     batch_size: int,
@@ -100,6 +117,9 @@ def chat(
     loading = take_loading(options)
     more_samplers = take_more_samplers(options)
     cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
+    if STANDARD_INPUT in files:
+        raise click.UsageError("standard input is the conversation: give a file with -f, or use run")
+    documents = read_documents(files, pages)
     with open_model(model, options, reasoning) as info:
         sampling = take_sampling(options, info)
         # The seed is that of a sequence of answers; given to each answer, it would make /regen repeat itself.
@@ -113,8 +133,8 @@ def chat(
                 note(f"{model.name}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}). /help for help.")
             if conversation.raw and not raw:
                 note("The model has no chat template: texts are continued as they are.")
-            if file is not None:
-                dialogue.attach(str(file))
+            for document in documents:
+                dialogue.put_before(document)
             hold(dialogue, is_terminal, verbose=options["verbose"])
         finally:
             cache.save(llm)
@@ -267,11 +287,30 @@ class Dialogue:
     def undo(self, _: str) -> None:
         note(f"Taken back: {textwrap.shorten(self._conversation.undo(), 60, placeholder=' ...')}")
 
-    def attach(self, path: str) -> None:
-        text = read_text(_path(path))
-        self._attached.append(text)
-        n_tokens = len(self._info.tokenizer.tokens(text, begins=False))
-        note(f"{path}: {n_tokens} tokens, to be read before the next message.")
+    def attach(self, argument: str) -> None:
+        pages = re.match(r"--pages[\s=]\s*(\S+)\s+", argument)
+        path = argument[pages.end() :] if pages else argument
+        (document,) = read_documents([_path(path)], parse_pages(pages[1]) if pages else None)
+        self.put_before(document)
+
+    def put_before(self, document: Document) -> None:
+        """Put a document before the next message. Raises ContextFullError for one that will not fit."""
+
+        def count(texts: Iterable[str]) -> int:
+            return sum(len(self._info.tokenizer.tokens(text, begins=False)) for text in texts)
+
+        n_ctx, n_tokens = self._llm.n_ctx(), count([document.text])
+        n_taken = count([m["content"] for m in self._conversation.messages]) + count(self._attached)
+        if n_taken + n_tokens > n_ctx:
+            room = n_ctx - n_taken - max(self._predict, 0)
+            fitting = pages_that_fit([document], lambda documents: count(d.text for d in documents), room)
+            raise ContextFullError(
+                f"{document.name} has {n_tokens} tokens, {n_taken + n_tokens - n_ctx} too many for the context of "
+                f"{n_ctx}, {n_taken} of which are taken{fitting}",
+                n_ctx,
+            )
+        self._attached.append(document.text)
+        note(f"{describe(document, n_tokens, n_ctx)}, to be read before the next message.")
 
     def set_system(self, text: str) -> None:
         self._conversation.system = text or None
@@ -346,7 +385,7 @@ COMMANDS = {
     "clear": Command("", "Begin a new conversation; the system message stays.", Dialogue.clear),
     "undo": Command("", "Take back the last message and its answer.", Dialogue.undo),
     "regen": Command("", "Answer the last message anew.", Dialogue.say_again),
-    "file": Command("PATH", "Put a text file before the next message.", Dialogue.attach),
+    "file": Command("PATH", "Put a document before the next message; of a PDF: --pages 3,10-30 PATH.", Dialogue.attach),
     "system": Command("[TEXT]", "Set the system message, or remove it.", Dialogue.set_system),
     "save": Command("FILE", "Save the conversation, and its cache in FILE.kv.", Dialogue.save),
     "load": Command("FILE", "Go on with a saved conversation.", Dialogue.load),

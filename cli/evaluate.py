@@ -14,6 +14,7 @@ import llama_cpp
 import numpy as np
 
 from selfextend_gguf.atomic_file import new_file
+from selfextend_gguf.documents import Pages
 from selfextend_gguf.evaluation.perplexity import LengthResult, compare
 from selfextend_gguf.evaluation.plots import plot_perplexity, plot_retrieval
 from selfextend_gguf.evaluation.readers import METHODS
@@ -33,7 +34,7 @@ from .options import (
     verbose_option,
 )
 from .progress import status_line
-from .texts import read_text
+from .texts import pages_option, read_text
 
 AGAINST = tuple(method for method in METHODS if method != "plain")
 
@@ -76,7 +77,8 @@ def usual_lengths(n_ctx_train: int, limit: int) -> list[int]:
 
 @evaluate.command()
 @model_argument
-@click.option("-f", "--file", type=click.Path(path_type=Path), required=True, help="UTF-8 text to read.")
+@click.option("-f", "--file", type=click.Path(path_type=Path), required=True, help="Text or document to read.")
+@pages_option
 @lengths_option("1 to 16 trained contexts, as the text allows")
 @click.option("--texts", type=click.IntRange(1), default=1, show_default=True, help="Stretches of the text a length.")
 @click.option(
@@ -93,6 +95,7 @@ def usual_lengths(n_ctx_train: int, limit: int) -> list[int]:
 def ppl(
     model: Path,
     file: Path,
+    pages: Pages | None,
     lengths: list[int] | None,
     texts: int,
     against: Sequence[str],
@@ -111,7 +114,7 @@ def ppl(
         sx-gguf eval ppl model.gguf -f book.txt --lengths 4096,16384 --against yarn --against window
         sx-gguf eval ppl model.gguf -f book.txt --against all --plot ppl.png
     """
-    text = read_text(file)
+    text = read_text(file, pages)
     arguments = llama_arguments(**options)
     parameters = {name: arguments.pop(name) for name in PARAMETERS}
     schedule = parameters.pop("schedule") or SCHEDULES[0]

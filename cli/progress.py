@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import click
 from tqdm import tqdm
 
 _READING = "{desc} |{bar}| {n_fmt} of {total_fmt} tokens, {rate_noinv_fmt}, {remaining} left"
@@ -40,6 +41,12 @@ def reading_bar(*, erase: bool = False) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+def note_on_terminal(text: str) -> None:
+    """A line that stays."""
+    if sys.stderr.isatty():
+        click.echo(text, err=True)
 
 
 @contextmanager

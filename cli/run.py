@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 from selfextend_gguf._native import watch_interrupts
+from selfextend_gguf.documents import Document, Pages
 from selfextend_gguf.generate import Piece, Timings, stream_completion
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.planning import check_room, whole_cells
@@ -38,9 +40,9 @@ from .options import (
     text_options,
     verbose_option,
 )
-from .progress import reading_bar
+from .progress import note_on_terminal, reading_bar
 from .prompt_cache import PromptCacheFile, prompt_cache_file
-from .texts import before_question, read_standard_input, read_text
+from .texts import STANDARD_INPUT, advice_on_length, combine, describe, pages_option, read_documents
 from .thoughts import open_model, reasoning_option, shown
 
 UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is given
@@ -51,8 +53,14 @@ UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is give
 @click.argument("prompt", required=False)
 @click.option("-p", "--prompt", "prompt_option", help="The prompt, or the question about the text of -f.")
 @click.option(
-    "-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text file to read first; - = standard input."
+    "-f",
+    "--file",
+    "files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Text or document to read first; - = standard input; may be given several times.",
 )
+@pages_option
 @click.option("-c", "--ctx", type=click.IntRange(1), help="Context in tokens [what prompt and answer need].")
 @text_options
 @template_options
@@ -69,7 +77,8 @@ def run(
     model: Path,
     prompt: str | None,
     prompt_option: str | None,
-    file: Path | None,
+    files: tuple[Path, ...],
+    pages: Pages | None,
     ctx: int | None,
     predict: int,
     batch_size: int,
@@ -87,18 +96,23 @@ def run(
     """Complete a prompt of any length.
 
     A text longer than the trained context is extended without asking. The prompt is the argument, -p, -f FILE or
-    standard input. With -f and a prompt, the file comes first. On a terminal and without any of them, a chat begins.
+    standard input. With -f and a prompt, the files come first. On a terminal and without any of them, a chat begins.
+    Files are text in any encoding, PDF, EPUB, DOCX or HTML.
 
     \b
     Examples:
         sx-gguf run model.gguf "Once upon a time"
         sx-gguf run model.gguf -f book.txt -p "Who is the narrator?"
+        sx-gguf run model.gguf -f report.pdf --pages 3,10-30 -p "What was decided?"
         sx-gguf run model.gguf --ctx 16384 < book.txt
         sx-gguf run model.gguf -f book.txt -p "Who is the narrator?" --prompt-cache book.kv
     """
     cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
-    text = read_prompt(prompt, prompt_option, file)
-    if text is None:
+    question = at_most_one({"the prompt as an argument": prompt, "with -p": prompt_option})
+    if question is None and not files and not sys.stdin.isatty():
+        files = (STANDARD_INPUT,)
+    documents = read_documents(files, pages)
+    if question is None and not documents:
         if as_json or timings or not sys.stdout.isatty():
             raise click.UsageError("no prompt: give it as an argument, with -p, with -f FILE, or on standard input")
         context = click.get_current_context()
@@ -109,22 +123,24 @@ def run(
     more_samplers = take_more_samplers(options)
     with open_model(model, options, reasoning) as info:
         sampling = take_sampling(options, info) | {"seed": seed}
-        tokens = make_prompt(info, text, system, raw=raw, special=special)
+
+        def prompt_of(documents: Sequence[Document]) -> Prompt:
+            return make_prompt(info, combine(documents, question), system, raw=raw, special=special)
+
+        tokens = prompt_of(documents)
         if not tokens.tokens:
             raise click.UsageError("the prompt is empty")
-        n_answer = UNLIMITED_ROOM if predict == UNLIMITED else predict
-        n_ctx = ctx or cache.context_for(len(tokens.tokens) + n_answer + 1, tokens.tokens)
-        check_room(len(tokens.tokens), whole_cells(n_ctx), n_answer=1)
-        began = time.perf_counter()
-        llm = Llama(
-            str(model),
-            n_ctx=n_ctx,
-            n_batch=batch_size,
-            seed=seed,
-            model_info=info,
-            **loading,
-            **llama_arguments(**options),
-        )
+        n_wanted = (UNLIMITED_ROOM if predict == UNLIMITED else predict) + 1
+        n_ctx = ctx or cache.context_for(len(tokens.tokens) + n_wanted, tokens.tokens)
+        arguments = loading | llama_arguments(**options)
+        n_answer = 1 if ctx else n_wanted
+        with advice_on_length(documents, lambda documents: len(prompt_of(documents).tokens), n_answer):
+            check_room(len(tokens.tokens), whole_cells(n_ctx), n_answer=1)
+            for document in documents:
+                n_tokens = len(info.tokenizer.tokens(document.text, begins=False))
+                note_on_terminal(describe(document, n_tokens, n_ctx))
+            began = time.perf_counter()
+            llm = Llama(str(model), n_ctx=n_ctx, n_batch=batch_size, seed=seed, model_info=info, **arguments)
     opening = {"load_seconds": time.perf_counter() - began}
     llm.more_samplers = more_samplers
     watch_interrupts(llm.ctx)
@@ -139,22 +155,6 @@ def run(
             print_timings(answer[-1].timings, opening)
     finally:
         llm.close()
-
-
-def read_prompt(argument: str | None, option: str | None, file: Path | None) -> str | None:
-    """Text to complete: the file (or standard input, if nothing else is given), then the prompt.
-
-    None if nothing is given and standard input is a terminal.
-    """
-    prompt = at_most_one({"the prompt as an argument": argument, "with -p": option})
-    if prompt is None and file is None:
-        if sys.stdin.isatty():
-            return None
-        file = Path("-")
-    if file is None:
-        return prompt or ""
-    text = read_standard_input() if str(file) == "-" else read_text(file)
-    return text if prompt is None else before_question(text, prompt)
 
 
 def print_answer(

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from selfextend_gguf.atomic_file import new_file
+from selfextend_gguf.documents import Pages
 from selfextend_gguf.evaluation.tune import Trial, fraction_found, key_tasks
 from selfextend_gguf.evaluation.tune import tune as find
 from selfextend_gguf.model_info import ModelInfo
@@ -18,7 +19,7 @@ from selfextend_gguf.models import DEMO_TEXT
 
 from .options import device_options, model_argument, model_arguments, verbose_option
 from .progress import status_line
-from .texts import read_text
+from .texts import PAGES_OF_WHAT, pages_option, read_text
 
 SHOWN = 5
 
@@ -26,14 +27,22 @@ SHOWN = 5
 @click.command()
 @model_argument
 @click.option("-c", "--ctx", type=click.IntRange(2), required=True, help="Context to tune for, in tokens.")
-@click.option("-f", "--file", type=click.Path(path_type=Path), help="UTF-8 text like yours [a bundled one].")
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="Text or document like yours [a bundled one].")
+@pages_option
 @click.option("--budget", type=click.FloatRange(5), default=180, show_default=True, help="Seconds to spend.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the best parameters for --config.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 @device_options
 @verbose_option
 def tune(
-    model: Path, ctx: int, file: Path | None, budget: float, out: Path | None, as_json: bool, **options: Any
+    model: Path,
+    ctx: int,
+    file: Path | None,
+    pages: Pages | None,
+    budget: float,
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Try Self-Extend's parameters on a text, and print the best.
 
@@ -45,7 +54,9 @@ def tune(
         sx-gguf tune model.gguf --ctx 16384 -f book.txt -o tuned.json
         sx-gguf run model.gguf --ctx 16384 --config tuned.json -f book.txt
     """
-    text = read_text(file or DEMO_TEXT)
+    if pages is not None and file is None:
+        raise click.UsageError(PAGES_OF_WHAT)
+    text = read_text(file or DEMO_TEXT, pages)
     arguments = model_arguments(**options)
     with ModelInfo(model, verbose=options["verbose"]) as info:
         tokens, n_ctx_train, bos = info.tokenizer.tokens(text), info.n_ctx_train, info.tokenizer.bos

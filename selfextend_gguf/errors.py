@@ -11,6 +11,18 @@ class ConfigError(SelfExtendError, ValueError):
     """Parameters that are out of range, unknown, or that cannot reach the requested context."""
 
 
+class TooLongError(SelfExtendError):
+    """More tokens than are possible; `longest` = the largest context that would be, None where that is not known."""
+
+    def __init__(self, message: str = "", longest: int | None = None) -> None:
+        super().__init__(message)
+        self.longest = longest
+
+
+class OutOfReachError(TooLongError, ConfigError):
+    """A context beyond what the parameters reach."""
+
+
 class UnknownArgumentError(ConfigError, TypeError):
     """A keyword argument that neither this package nor llama_cpp.Llama knows."""
 
@@ -27,11 +39,15 @@ class UnsupportedModelError(SelfExtendError):
     """A model or context that Self-Extend cannot extend correctly; the message names the reason."""
 
 
+class DocumentError(SelfExtendError, ValueError):
+    """A file whose text cannot be read; the message says why."""
+
+
 class TextError(SelfExtendError, ValueError):
     """A text that cannot be made tokens, or a token that the vocabulary does not have."""
 
 
-class ContextFullError(SelfExtendError, ValueError):
+class ContextFullError(TooLongError, ValueError):
     """More tokens than the context holds."""
 
 
@@ -39,7 +55,7 @@ class GrammarError(SelfExtendError, ValueError):
     """A grammar or JSON schema that llama.cpp cannot parse, or that allows no token to go on with."""
 
 
-class NotEnoughMemoryError(SelfExtendError, MemoryError):
+class NotEnoughMemoryError(TooLongError, MemoryError):
     """A model and a context that do not fit the memory; the message names options that would."""
 
 

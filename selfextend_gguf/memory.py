@@ -152,7 +152,8 @@ def _check_memory(demand: Demand) -> None:
     if not _fits(demand):
         raise NotEnoughMemoryError(
             f"{demand}, {gib(memory.available)} of {gib(memory.total)} of memory are available: "
-            f"{_advice(demand, _fits)}"
+            f"{_advice(demand, _fits)}",
+            largest_fitting(demand, _fits) or None,
         )
     if not _fits_easily(demand):
         warnings.warn(

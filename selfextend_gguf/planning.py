@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfextend_gguf.checks import Check, check_all, optional, shown, whole_number
-from selfextend_gguf.errors import ConfigError, ContextFullError
+from selfextend_gguf.errors import ConfigError, ContextFullError, OutOfReachError
 from selfextend_gguf.schedule import LONGEST, RULES, SCHEDULES, Schedule, SelfExtendConfig
 
 TIMES_TRAINED = 4  #: the context where none is asked for, in trained contexts
@@ -158,7 +158,7 @@ def plan(
     False
     >>> plan(n_ctx_train=4096, n_ctx=16384, group_size=4)
     Traceback (most recent call last):
-    selfextend_gguf.errors.ConfigError: group size 4 with a neighbor window of 1024 reaches 9730 tokens, not 16384: ...
+    selfextend_gguf.errors.OutOfReachError: group size 4 with a neighbor window of 1024 reaches 9730 tokens, not 16384: ...
     """
     n_ctx_train = whole_number("n_ctx_train", n_ctx_train, 8, LONGEST)
     n_ctx = whole_number("n_ctx", n_ctx, 1, LONGEST)
@@ -176,17 +176,19 @@ def plan(
     needed = 2 + bisect_left(range(2, largest + 1), n_ctx, key=numbers.reach)
     window = numbers.neighbor_window
     if needed > largest:
-        raise ConfigError(
+        raise OutOfReachError(
             f"{n_ctx} tokens are beyond the reach of Self-Extend for a trained context of {n_ctx_train}: even with the "
             f"largest group size ({largest}) a neighbor window of {window} reaches {numbers.reach(largest)}; "
             f"ask for at most {numbers.reach(largest)} tokens"
-            + (" or a smaller neighbor window" if neighbor_window is not None else "")
+            + (" or a smaller neighbor window" if neighbor_window is not None else ""),
+            numbers.reach(largest),
         )
     size = needed if group_size is None else group_size
     if size < needed:
-        raise ConfigError(
+        raise OutOfReachError(
             f"group size {size} with a neighbor window of {window} reaches {numbers.reach(size)} tokens, not {n_ctx}: "
-            f"take a group size of at least {needed}, or at most {numbers.reach(size)} tokens"
+            f"take a group size of at least {needed}, or at most {numbers.reach(size)} tokens",
+            numbers.reach(size),
         )
     return numbers.config(n_ctx, size)
 
@@ -235,4 +237,4 @@ def default_context(n_ctx_train: int, **parameters: Any) -> int:
 def check_room(n_tokens: int, n_ctx: int, *, n_answer: int = 0) -> None:
     """Raise ContextFullError when a context has no room for so many tokens, and an answer."""
     if n_tokens + n_answer > n_ctx:
-        raise ContextFullError(f"Requested tokens ({n_tokens}) exceed context window of {n_ctx}")
+        raise ContextFullError(f"Requested tokens ({n_tokens}) exceed context window of {n_ctx}", n_ctx)

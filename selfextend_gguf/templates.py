@@ -13,11 +13,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import llama_cpp._internals as internals
@@ -33,15 +31,13 @@ from llama_cpp.llama_chat_format import (
 
 from selfextend_gguf.checks import shown
 from selfextend_gguf.errors import ConfigError, TemplateError
+from selfextend_gguf.programs import command_of
 
 SECONDS = 5.0  #: of processor time that a template may take
 _KEY = "tokenizer.chat_template"
 DEFAULT_TEMPLATE = "chat_template.default"  #: name of a model's only or usual template
 _NO_TOOLS = dict.fromkeys(("functions", "function_call", "tools", "tool_choice"))
 _NONE_OF_THEM: dict[str, Any] = {"tools": [], "functions": ""}  # as templates take them that use them unasked
-_WORKER = Path(__file__).with_name("template_worker.py")
-# With this program's own search path, wherever its packages come from, and without the worker's folder in it.
-_START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
 class _Worker:
@@ -76,7 +72,7 @@ class _Worker:
     @staticmethod
     def _start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", _START, str(_WORKER), *sys.path],
+            command_of("template_worker.py"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -229,11 +229,11 @@ def test_bad_numbers(one_line_error, arguments, message):
     assert message in one_line_error("run", MODEL, *prompt, *arguments)
 
 
-def test_invalid_utf8(one_line_error, tmp_path):
-    file = tmp_path / "latin1.txt"
-    file.write_bytes(b"caf\xe9 au lait")
-    assert "is not UTF-8 text: invalid byte at offset 3" in one_line_error("run", MODEL, "-f", str(file))
-    assert "standard input is not UTF-8 text" in one_line_error("run", MODEL, stdin=b"\xff\xfe")
+def test_files_that_are_no_text(one_line_error, tmp_path):
+    file = tmp_path / "noise"
+    file.write_bytes(bytes(range(256)) * 4)
+    assert one_line_error("run", MODEL, "-f", str(file)).endswith(f"{file} is binary, no text")
+    assert one_line_error("run", MODEL, stdin=file.read_bytes()).endswith("standard input is binary, no text")
 
 
 def test_an_empty_prompt(one_line_error):
