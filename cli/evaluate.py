@@ -17,7 +17,7 @@ from selfextend_gguf.atomic_file import new_file
 from selfextend_gguf.documents import Pages
 from selfextend_gguf.evaluation.perplexity import LengthResult, compare
 from selfextend_gguf.evaluation.plots import plot_perplexity, plot_retrieval
-from selfextend_gguf.evaluation.readers import METHODS
+from selfextend_gguf.evaluation.readers import METHODS, pretended
 from selfextend_gguf.evaluation.retrieval import ANSWER_ROOM, Cell, evaluate_grid
 from selfextend_gguf.evaluation.tasks import TASKS
 from selfextend_gguf.llama import Llama
@@ -30,6 +30,7 @@ from .options import (
     device_options,
     llama_arguments,
     model_argument,
+    pretend_option,
     self_extend_options,
     verbose_option,
 )
@@ -89,6 +90,7 @@ def usual_lengths(n_ctx_train: int, limit: int) -> list[int]:
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG: perplexity against position.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
+@pretend_option
 @self_extend_options
 @device_options
 @verbose_option
@@ -101,6 +103,7 @@ def ppl(
     against: Sequence[str],
     plot: Path | None,
     as_json: bool,
+    pretend_trained: int | None,
     **options: Any,
 ) -> None:
     """Measure perplexity by text length.
@@ -108,17 +111,22 @@ def ppl(
     Of Self-Extend, plain llama.cpp, and others with --against. Each length is read from its beginning; losses are those
     of its second half. "relative" compares with Self-Extend on the same tokens, so its standard error is small.
 
+    With --pretend-trained, plain is the measure of the others up to the true trained context: it reads as the model was
+    trained to.
+
     \b
     Examples:
         sx-gguf eval ppl model.gguf -f book.txt
         sx-gguf eval ppl model.gguf -f book.txt --lengths 4096,16384 --against yarn --against window
         sx-gguf eval ppl model.gguf -f book.txt --against all --plot ppl.png
+        sx-gguf eval ppl model.gguf -f book.txt --pretend-trained 2048 --lengths 8192
     """
     text = read_text(file, pages)
-    arguments = llama_arguments(**options)
+    overrides = pretended(model, pretend_trained)
+    arguments = llama_arguments(**options) | overrides
     parameters = {name: arguments.pop(name) for name in PARAMETERS}
     schedule = parameters.pop("schedule") or SCHEDULES[0]
-    with ModelInfo(model, verbose=options["verbose"]) as info:
+    with ModelInfo(model, verbose=options["verbose"], **overrides) as info:
         tokens, n_ctx_train, bos = info.tokenizer.tokens(text), info.n_ctx_train, info.tokenizer.bos
     reach = longest_context(n_ctx_train, schedule=schedule, **parameters)
     lengths = lengths or usual_lengths(n_ctx_train, min(len(tokens), reach))
@@ -184,6 +192,7 @@ def ppl_table(results: Sequence[LengthResult], n_ctx_train: int) -> str:
 @click.option("--plain", is_flag=True, help="Measure plain llama.cpp instead of Self-Extend.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG: heat map of length x depth.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
+@pretend_option
 @self_extend_options
 @device_options
 @verbose_option
@@ -198,6 +207,7 @@ def passkey(
     plain: bool,
     plot: Path | None,
     as_json: bool,
+    pretend_trained: int | None,
     **options: Any,
 ) -> None:
     """Measure retrieval by text length and depth.
@@ -210,8 +220,9 @@ def passkey(
         sx-gguf eval passkey model.gguf
         sx-gguf eval passkey model.gguf --task niah_multikey_2 --lengths 4096,16384 --plot heat.png
     """
-    arguments = llama_arguments(**options)
-    with ModelInfo(model, verbose=options["verbose"]) as info:
+    overrides = pretended(model, pretend_trained)
+    arguments = llama_arguments(**options) | overrides
+    with ModelInfo(model, verbose=options["verbose"], **overrides) as info:
         n_ctx_train = info.n_ctx_train
         if lengths is None:
             parameters = {} if plain else {name: arguments[name] for name in PARAMETERS}

@@ -451,6 +451,14 @@ def take_loading(options: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+pretend_option = click.option(
+    "--pretend-trained",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Read as if trained on N tokens, fewer than the model was.",
+)
+
+
 def model_arguments(
     *, threads: int | None, gpu_layers: int, cache_type_k: str, cache_type_v: str, verbose: bool
 ) -> dict[str, Any]:

@@ -12,12 +12,13 @@ import click
 
 from selfextend_gguf.atomic_file import new_file
 from selfextend_gguf.documents import Pages
+from selfextend_gguf.evaluation.readers import pretended
 from selfextend_gguf.evaluation.tune import Trial, fraction_found, key_tasks
 from selfextend_gguf.evaluation.tune import tune as find
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import DEMO_TEXT
 
-from .options import device_options, model_argument, model_arguments, verbose_option
+from .options import device_options, model_argument, model_arguments, pretend_option, verbose_option
 from .progress import status_line
 from .texts import PAGES_OF_WHAT, pages_option, read_text
 
@@ -32,6 +33,7 @@ SHOWN = 5
 @click.option("--budget", type=click.FloatRange(5), default=180, show_default=True, help="Seconds to spend.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the best parameters for --config.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
+@pretend_option
 @device_options
 @verbose_option
 def tune(
@@ -42,6 +44,7 @@ def tune(
     budget: float,
     out: Path | None,
     as_json: bool,
+    pretend_trained: int | None,
     **options: Any,
 ) -> None:
     """Try Self-Extend's parameters on a text, and print the best.
@@ -57,8 +60,9 @@ def tune(
     if pages is not None and file is None:
         raise click.UsageError(PAGES_OF_WHAT)
     text = read_text(file or DEMO_TEXT, pages)
-    arguments = model_arguments(**options)
-    with ModelInfo(model, verbose=options["verbose"]) as info:
+    overrides = pretended(model, pretend_trained)
+    arguments = model_arguments(**options) | overrides
+    with ModelInfo(model, verbose=options["verbose"], **overrides) as info:
         tokens, n_ctx_train, bos = info.tokenizer.tokens(text), info.n_ctx_train, info.tokenizer.bos
         if ctx <= n_ctx_train:
             raise click.ClickException(f"{ctx} tokens fit the trained context of {n_ctx_train}: nothing to tune")
@@ -79,7 +83,11 @@ def tune(
             **arguments,
         )
     best, default = trials[0], next(t for t in trials if t.is_default)
-    command = f"sx-gguf run {shlex.quote(str(model))} --ctx {ctx} {flags(best)}"
+    if pretend_trained is None:
+        command = f"sx-gguf run {shlex.quote(str(model))} --ctx {ctx} {flags(best)}"
+    else:  # the parameters are for a model that `run` does not see
+        read = f"{shlex.quote(str(model))} -f {shlex.quote(str(file or DEMO_TEXT))} --lengths {ctx}"
+        command = f"sx-gguf eval ppl {read} --pretend-trained {pretend_trained} {flags(best)}"
     if as_json:
         click.echo(json.dumps({"command": command, "trials": [record(trial, default) for trial in trials]}))
     else:

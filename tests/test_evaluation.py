@@ -7,8 +7,9 @@ import json
 import os
 import pickle
 import re
+import shlex
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import llama_cpp
@@ -21,7 +22,7 @@ from selfextend_gguf import Llama, plan
 from selfextend_gguf.cli import main
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.evaluation.perplexity import by_position, compare, perplexity, perplexity_ratio, stretches
-from selfextend_gguf.evaluation.readers import METHODS, open_reader, token_losses
+from selfextend_gguf.evaluation.readers import METHODS, open_reader, pretended, token_losses
 from selfextend_gguf.evaluation.tune import candidates, parameters_of, tune
 from selfextend_gguf.models import TINY_MODEL, TINY_MODELS
 from selfextend_gguf.schedule import SCHEDULES
@@ -312,3 +313,61 @@ def test_config_files_that_tune_did_not_write_are_refused(tmp_path):
 def test_tune_says_what_is_wrong(text_file):
     assert "nothing to tune" in invoke("tune", MODEL, "-c", "256", "-f", text_file).stderr
     assert "give a longer" in invoke("tune", MODEL, "-c", "16384", "-f", text_file).stderr
+
+
+# ---- a model read as if trained on less --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_methods_see_the_pretended_context(tokens, method):
+    """All but plain read a text within the true context in another way than without."""
+    overrides = pretended(MODEL, 128)
+    readers = [open_reader(method, MODEL, 256, **arguments) for arguments in (overrides, {})]
+    shorter, own = [reader.losses(tokens[:256]) for reader in readers]
+    for reader in readers:
+        reader.close()
+    assert np.array_equal(shorter, own) == (method == "plain")
+
+
+def test_plain_is_the_measure_under_a_pretended_context(text_file):
+    arguments = ["eval", "ppl", MODEL, "-f", text_file, "--lengths", "256", "--pretend-trained", "128", "--json"]
+    record = json.loads(invoke(*arguments, "--against", "window").stdout)
+    assert record["n_ctx_train"] == 128
+    by_method = {r["method"]: r["perplexity"]["value"] for r in record["results"]}
+    assert by_method["plain"] != by_method["selfextend"]
+    own = json.loads(invoke("eval", "ppl", MODEL, "-f", text_file, "--lengths", "256", "--json").stdout)
+    assert by_method["plain"] == pytest.approx(own["results"][1]["perplexity"]["value"])
+
+
+def test_passkey_and_tune_pretend(text_file, monkeypatch):
+    passkey = invoke(
+        "eval",
+        "passkey",
+        MODEL,
+        "--task",
+        "native",
+        "--lengths",
+        "256",
+        "--depths",
+        "1",
+        "--trials",
+        "1",
+        "--pretend-trained",
+        "128",
+    )
+    assert passkey.stdout.splitlines()[1].split()[:2] == ["256", "2x"], passkey.output
+    monkeypatch.setattr("selfextend_gguf.evaluation.tune.candidates", lambda *sizes: islice(candidates(*sizes), 2))
+    tuned = invoke("tune", MODEL, "-c", "256", "-f", text_file, "--pretend-trained", "128")
+    assert tuned.exit_code == 0, tuned.output
+    command = shlex.split(tuned.stdout.splitlines()[-1])
+    assert ("--pretend-trained", "128") in pairwise(command)
+    assert invoke(*command[1:]).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [["eval", "ppl"], ["eval", "passkey"], ["tune", "-c", "512"]])
+@pytest.mark.parametrize("n", ["256", "4096"])
+def test_only_a_shorter_context_can_be_pretended(text_file, command, n):
+    text = [] if "passkey" in command else ["-f", text_file]
+    result = invoke(*command, MODEL, *text, "--pretend-trained", n)
+    message = f"Error: {TINY_MODEL.name} was trained on 256 tokens: pretend fewer than that, not {n}\n"
+    assert (result.exit_code, result.stderr) == (1, message)

@@ -6,6 +6,7 @@ All read with the same llama.cpp, cache and threads, so that their losses can be
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import llama_cpp
@@ -218,6 +219,23 @@ def _stretched(method: str, factor: float, base: float, n_rot: int, n_ctx_train:
         "yarn_orig_ctx": n_ctx_train,
         "yarn_ext_factor": 1.0,
     }
+
+
+def pretended(model_path: str | Path, n_ctx_train: int | None) -> dict[str, Any]:
+    """Arguments of both `Llama` classes and of `ModelInfo` by which a model counts as trained on `n_ctx_train` tokens.
+
+    Plain reading is then the measure of all other methods, up to the true trained context. None: as the file says.
+    Raises ModelFileError, and ConfigError for a number that is not below the file's own.
+    """
+    if n_ctx_train is None:
+        return {}
+    with ModelInfo(model_path) as info:
+        if not 0 < n_ctx_train < info.n_ctx_train:
+            raise ConfigError(
+                f"{Path(model_path).name} was trained on {info.n_ctx_train} tokens: "
+                f"pretend fewer than that, not {n_ctx_train}"
+            )
+        return {"kv_overrides": {f"{info.architecture}.context_length": n_ctx_train}}
 
 
 def open_reader(
