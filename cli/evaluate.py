@@ -15,9 +15,11 @@ import numpy as np
 
 from selfextend_gguf.atomic_file import new_file
 from selfextend_gguf.documents import Pages
+from selfextend_gguf.evaluation.kept import Kept
 from selfextend_gguf.evaluation.perplexity import LengthResult, compare
 from selfextend_gguf.evaluation.plots import plot_perplexity, plot_retrieval
 from selfextend_gguf.evaluation.readers import METHODS, pretended
+from selfextend_gguf.evaluation.readings import Readings
 from selfextend_gguf.evaluation.retrieval import ANSWER_ROOM, Cell, evaluate_grid
 from selfextend_gguf.evaluation.tasks import TASKS
 from selfextend_gguf.llama import Llama
@@ -26,6 +28,7 @@ from selfextend_gguf.models import DEMO_TEXT
 from selfextend_gguf.planning import PARAMETERS, context_within, longest_context, whole_cells
 from selfextend_gguf.schedule import LONGEST, SCHEDULES
 
+from .errors import EXIT_INTERRUPTED
 from .options import (
     device_options,
     llama_arguments,
@@ -88,6 +91,8 @@ def usual_lengths(n_ctx_train: int, limit: int) -> list[int]:
     multiple=True,
     help="Other methods to read the same text by; may be given several times.",
 )
+@click.option("--resume", type=click.Path(path_type=Path), help="Keep results in this file, and go on from there.")
+@click.option("--budget", type=click.FloatRange(0), help="Seconds to spend: what would take longer is not begun.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG: perplexity against position.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 @pretend_option
@@ -101,6 +106,8 @@ def ppl(
     lengths: list[int] | None,
     texts: int,
     against: Sequence[str],
+    resume: Path | None,
+    budget: float | None,
     plot: Path | None,
     as_json: bool,
     pretend_trained: int | None,
@@ -132,23 +139,38 @@ def ppl(
     lengths = lengths or usual_lengths(n_ctx_train, min(len(tokens), reach))
     others = AGAINST if "all" in against else against
     methods = list(dict.fromkeys([schedule, "plain", *others]))
+    readings = Readings(str(model), kept=Kept(resume), seconds=budget, **arguments)
+    results: list[LengthResult] = []
+    why = "budget"
     with status_line() as show:
-        results = compare(
-            str(model),
-            tokens,
-            methods,
-            lengths,
-            n_texts=texts,
-            bos=bos,
-            on_progress=lambda method, n: show(f"reading {n} tokens: {method}"),
-            parameters=parameters,
-            **arguments,
+
+        def progress(method: str, n: int) -> None:
+            left = readings.seconds_left
+            show(f"reading {n} tokens: {method}" + ("" if left is None else f", {max(0, left):.0f} s left"))
+
+        measuring = compare(
+            readings, tokens, methods, lengths, n_texts=texts, bos=bos, on_progress=progress, parameters=parameters
         )
+        try:
+            for result in measuring:
+                results.append(result)
+        except KeyboardInterrupt:
+            why = "interrupted"
+    measured = {(r.n_tokens, r.method) for r in results}
+    missing = [(n, method) for n in lengths for method in methods if (n, method) not in measured]
     if as_json:
-        click.echo(json.dumps({"model": str(model), "n_ctx_train": n_ctx_train, "results": ppl_records(results)}))
+        record: dict[str, Any] = {"model": str(model), "n_ctx_train": n_ctx_train, "results": ppl_records(results)}
+        if missing:
+            left_out = [{"method": method, "n_tokens": n} for n, method in missing]
+            record["not_measured"] = {"why": why, "readings": left_out}
+        click.echo(json.dumps(record))
     else:
         click.echo(ppl_table(results, n_ctx_train))
-    if plot is not None:  # last: a file that cannot be written loses nothing
+        for n, method in missing:
+            click.echo(f"{n:>8} {f'{n / n_ctx_train:.3g}x':>10}  {method:<12} not measured: {why}")
+    if why == "interrupted":
+        raise click.exceptions.Exit(EXIT_INTERRUPTED)
+    if plot is not None and results:  # last: a file that cannot be written loses nothing
         with new_file(plot) as (picture, _):
             plot_perplexity(results, picture, f"{model.name} on {file.name}", n_ctx_train)
 

@@ -21,8 +21,10 @@ from helpers import F32
 from selfextend_gguf import Llama, plan
 from selfextend_gguf.cli import main
 from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.evaluation.kept import Kept
 from selfextend_gguf.evaluation.perplexity import by_position, compare, perplexity, perplexity_ratio, stretches
 from selfextend_gguf.evaluation.readers import METHODS, open_reader, pretended, token_losses
+from selfextend_gguf.evaluation.readings import Readings
 from selfextend_gguf.evaluation.tune import candidates, parameters_of, tune
 from selfextend_gguf.models import TINY_MODEL, TINY_MODELS
 from selfextend_gguf.schedule import SCHEDULES
@@ -129,7 +131,7 @@ def test_perplexity_by_position_covers_all_positions():
 
 
 def test_self_extend_keeps_what_others_lose(tokens):
-    results = compare(MODEL, tokens, ["window", "selfextend", "plain", "yarn"], [1024], n_texts=2)
+    results = list(compare(Readings(MODEL), tokens, ["window", "selfextend", "plain", "yarn"], [1024], n_texts=2))
     ratio = {r.method: r.ratio.value for r in results}
     assert ratio["window"] == 1
     assert ratio["selfextend"] < 1.03 < ratio["yarn"] < ratio["plain"]
@@ -371,3 +373,53 @@ def test_only_a_shorter_context_can_be_pretended(text_file, command, n):
     result = invoke(*command, MODEL, *text, "--pretend-trained", n)
     message = f"Error: {TINY_MODEL.name} was trained on 256 tokens: pretend fewer than that, not {n}\n"
     assert (result.exit_code, result.stderr) == (1, message)
+
+
+# ---- results that are kept, within a time --------------------------------------------------------------------------
+
+
+def test_readings_go_on_where_they_were(tokens, tmp_path):
+    file = tmp_path / "kept.jsonl"
+    first = Readings(MODEL, kept=Kept(file)).losses("plain", tokens[:200])
+    again = Readings(MODEL, kept=Kept(file), seconds=0)  # no time to read anything
+    assert np.array_equal(first, again.losses("plain", tokens[:200]))
+    assert again.losses("plain", tokens[1:201]) is None
+    assert again.losses("yarn", tokens[:200]) is None
+    assert Readings(MODEL, kept=Kept(file), seconds=0, type_k=8).losses("plain", tokens[:200]) is None
+
+
+def test_a_reading_that_does_not_fit_is_not_begun(tokens):
+    times = iter([0, 0, 0, 10, 10, 10, 10, 20])  # 200 tokens take 10 s
+    readings = Readings(MODEL, seconds=25, clock=lambda: next(times))
+    assert readings.losses("plain", tokens[:200]) is not None
+    assert readings.losses("plain", tokens[:400]) is None  # 20 s in the 15 that are left
+    assert readings.losses("plain", tokens[:250]) is not None
+
+
+def test_eval_ppl_goes_on_and_says_what_it_left_out(text_file, tmp_path, monkeypatch):
+    kept = str(tmp_path / "kept.jsonl")
+    arguments = ["eval", "ppl", MODEL, "-f", text_file, "--resume", kept]
+    whole = invoke(*arguments, "--lengths", "256,512")
+    assert whole.exit_code == 0, whole.output
+    assert invoke(*arguments, "--lengths", "256,512", "--budget", "0").stdout == whole.stdout
+    more = [*arguments, "--lengths", "512,1024", "--budget", "0"]
+    table = invoke(*more).stdout
+    assert [line.split()[2:] for line in table.splitlines()[3:]] == [
+        [method, "not", "measured:", "budget"] for method in ("selfextend", "plain")
+    ]
+    assert json.loads(invoke(*more, "--json").stdout)["not_measured"] == {
+        "why": "budget",
+        "readings": [{"method": method, "n_tokens": 1024} for method in ("selfextend", "plain")],
+    }
+    real = Readings.losses
+
+    def interrupted(self, method, *others):
+        if method == "plain":
+            raise KeyboardInterrupt
+        return real(self, method, *others)
+
+    monkeypatch.setattr(Readings, "losses", interrupted)
+    result = invoke(*arguments, "--lengths", "256")
+    assert result.exit_code == 130
+    assert result.stdout.splitlines()[1] == whole.stdout.splitlines()[1]
+    assert result.stdout.splitlines()[2].split()[2:] == ["plain", "not", "measured:", "interrupted"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, sqrt
@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.evaluation.readers import Losses, open_reader
+from selfextend_gguf.evaluation.readers import Losses
+from selfextend_gguf.evaluation.readings import Readings
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def stretches(tokens: Sequence[int], n_tokens: int, n_texts: int, bos: int | Non
 
 
 def compare(
-    model_path: str,
+    readings: Readings,
     tokens: Sequence[int],
     methods: Sequence[str],
     lengths: Sequence[int],
@@ -81,10 +82,11 @@ def compare(
     n_texts: int = 1,
     bos: int | None = None,
     on_progress: Callable[[str, int], None] = lambda method, n_tokens: None,
-    parameters: dict[str, int | None] | None = None,
-    **arguments: Any,
-) -> list[LengthResult]:
-    """Read stretches of a text by each of `methods` (see `readers.METHODS`) at each length.
+    parameters: dict[str, Any] | None = None,
+) -> Iterator[LengthResult]:
+    """Read stretches of a text by each of `methods` (see `readers.METHODS`) at each length: results as they come.
+
+    There is none for what does not fit the budget of `readings`, nor for lengths that the first method did not read.
 
     Args:
         tokens: The whole text.
@@ -92,22 +94,25 @@ def compare(
         bos: The token that the vocabulary wants before each of them, if it wants one.
         on_progress: Called before each reading with the method and the length.
         parameters: Of Self-Extend.
-        arguments: Of both `Llama` classes.
     """
-    results = []
     for n_tokens in lengths:
         texts, reference = stretches(tokens, n_tokens, n_texts, bos), None
         for method in methods:
             on_progress(method, n_tokens)
-            reader = open_reader(method, model_path, n_tokens, parameters=parameters, **arguments)
-            try:
-                losses = np.stack([reader.losses(text) for text in texts])
-            finally:
-                reader.close()
+            read: list[Losses] = []
+            for text in texts:
+                part = readings.losses(method, text, parameters)
+                if part is None:
+                    break
+                read.append(part)
+            if len(read) < len(texts):
+                if reference is None:
+                    break
+                continue
+            losses = np.stack(read)
             late = second_half(losses).ravel()
             reference = late if reference is None else reference
-            results.append(LengthResult(method, n_tokens, perplexity(late), perplexity_ratio(late, reference), losses))
-    return results
+            yield LengthResult(method, n_tokens, perplexity(late), perplexity_ratio(late, reference), losses)
 
 
 def by_position(losses: Losses, n_bins: int = 40) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
