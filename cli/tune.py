@@ -30,7 +30,7 @@ SHOWN = 5
 @click.option("-c", "--ctx", type=click.IntRange(2), required=True, help="Context to tune for, in tokens.")
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Text or document like yours [a bundled one].")
 @pages_option
-@click.option("--budget", type=click.FloatRange(5), default=180, show_default=True, help="Seconds to spend.")
+@click.option("--budget", type=click.FloatRange(5), default=1200, show_default=True, help="Seconds to spend.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the best parameters for --config.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 @pretend_option

@@ -140,6 +140,12 @@ def test_self_extend_keeps_what_others_lose(tokens):
 # ---- tune --------------------------------------------------------------------------------------------------------
 
 
+def test_the_first_candidates_are_of_all_schedules():
+    automatic = [plan(256, 512, schedule=schedule) for schedule in SCHEDULES]
+    first = list(islice(candidates(256, 512), len(SCHEDULES)))
+    assert first[0] == plan(256, 512) and set(first) == set(automatic)
+
+
 @pytest.mark.parametrize("n_ctx", [512, 4096])
 def test_candidates_start_with_the_default_and_can_be_written_down(n_ctx):
     configs = list(candidates(256, n_ctx))

@@ -60,8 +60,9 @@ def parameters_of(config: SelfExtendConfig) -> dict[str, Any]:
 
 
 def candidates(n_ctx_train: int, n_ctx: int) -> Iterator[SelfExtendConfig]:
-    """The default, then every schedule with windows of an eighth to half of the largest distance, largest distances of
-    half to all of the trained context, and groups as small as possible or half as large again."""
+    """The default, the other schedules with automatic parameters, then every schedule with windows of an eighth to half
+    of the largest distance, largest distances of half to all of the trained context, and groups as small as possible or
+    half as large again."""
     seen = set()
     for config in _all_candidates(n_ctx_train, n_ctx):
         if config not in seen:
@@ -77,6 +78,12 @@ def _all_candidates(n_ctx_train: int, n_ctx: int) -> Iterator[SelfExtendConfig]:
             return None  # does not reach n_ctx, or the schedule has no such parameter
 
     yield plan(n_ctx_train, n_ctx)
+    # What differs most comes first: a slow model reads few candidates within the budget.
+    for max_distance in (None, n_ctx_train, n_ctx_train // 2):
+        for schedule in SCHEDULES:
+            config = attempt(schedule=schedule, max_distance=max_distance)
+            if config is not None:
+                yield config
     for schedule in SCHEDULES:
         for max_distance in (n_ctx_train, 3 * n_ctx_train // 4, n_ctx_train // 2):
             for window in (max_distance // 4, max_distance // 8, max_distance // 2, None):
