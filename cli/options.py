@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import secrets
 import textwrap
@@ -26,6 +27,7 @@ from selfextend_gguf.more_samplers import MoreSamplers
 from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED, check_parameters
 from selfextend_gguf.sampling import end_tokens
 from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
+from selfextend_gguf.stores import model_path
 from selfextend_gguf.templates import ChatTemplate, check_variables
 
 from .texts import read_text
@@ -43,7 +45,14 @@ def _combine(*options: Decorator) -> Decorator:
     return decorate
 
 
-model_argument = click.argument("model", type=click.Path(path_type=Path))
+class ModelName(click.Path):
+    """A path, or a name in another program's store (see stores.py)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return model_path(Path(os.fsdecode(super().convert(value, param, ctx))))
+
+
+model_argument = click.argument("model", type=ModelName(path_type=Path))
 
 
 def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> bool:

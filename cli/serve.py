@@ -9,6 +9,8 @@ from typing import Any
 import click
 import psutil
 
+from selfextend_gguf.stores import model_path
+
 from .options import (
     at_most_one,
     context_option,
@@ -102,7 +104,7 @@ def serve(
 
     served = [
         ServedModel.from_file(path, name, ctx, arguments, keep, **template)
-        for path, name in zip(models, names, strict=True)
+        for path, name in zip(map(model_path, models), names, strict=True)
     ]
     with listen(host, port) as listener:
         port = listener.getsockname()[1]

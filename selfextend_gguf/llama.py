@@ -50,6 +50,7 @@ from selfextend_gguf.prompt_cache import (
 )
 from selfextend_gguf.safe_llama import SafeLlama
 from selfextend_gguf.schedule import SelfExtendConfig
+from selfextend_gguf.stores import model_path as find_model
 from selfextend_gguf.templates import (
     check_chat_format,
 )
@@ -149,6 +150,13 @@ class Llama(SafeLlama):
         super().__init__(**arguments)
         if self._engine is not None and self.self_extend is not None:
             self._extend(self._engine, self.self_extend)
+
+    @classmethod
+    def from_name(cls, model: str | os.PathLike[str], **arguments: Any) -> Llama:
+        """The model of a path or of a name in a store, `ollama:NAME[:TAG]` or `lmstudio:PUBLISHER/MODEL[/FILE]`.
+
+        `arguments` are the constructor's. Raises ModelFileError if there is no such model."""
+        return cls(find_model(os.fspath(model)), **arguments)
 
     def _prepare_context(self, model: Any) -> None:
         super()._prepare_context(model)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each floor may import those below it, and files of its own floor in one direction. A folder stands for its files.
 FLOORS = [
     ["errors", "atomic_file", "models", "drafting", "reasoning", "programs", "pages", "document_worker"],
-    ["checks", "turns"],
+    ["checks", "turns", "stores"],
     ["tiny", "schedule", "documents"],
     ["planning", "kv_cache", "reference", "grammar", "json_schema", "chat_schemas"],
     ["handles", "sampling", "more_samplers", "logprobs", "templates", "template_worker"],
