@@ -158,7 +158,7 @@ def plan(
     False
     >>> plan(n_ctx_train=4096, n_ctx=16384, group_size=4)
     Traceback (most recent call last):
-    selfextend_gguf.errors.OutOfReachError: group size 4 with a neighbor window of 1024 reaches 9730 tokens, not 16384: ...
+    selfextend_gguf.errors.OutOfReachError: group size 4 with a neighbor window of 1024 reaches 9730 tokens...
     """
     n_ctx_train = whole_number("n_ctx_train", n_ctx_train, 8, LONGEST)
     n_ctx = whole_number("n_ctx", n_ctx, 1, LONGEST)

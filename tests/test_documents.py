@@ -179,8 +179,8 @@ def test_words_that_line_ends_cut(tmp_path):
 def test_running_heads_and_page_numbers_are_dropped():
     chapter = ["The Whale", "The Ship", "The Sea"]
     pages = {
-        n: f"A Long Book, second edition\r\nText {'abcdefghijkl'[n]}.\r\n1851\r\n{chapter[n // 4]} {n - 2}" if n % 2 else
-        f"A Long Book, second edition\r\nText {'abcdefghijkl'[n]}.\r\nend\r\n{n - 2} {chapter[n // 4]}"
+        n: f"A Long Book, second edition\r\nText {chr(97 + n)}.\r\n1851\r\n{chapter[n // 4]} {n - 2}" if n % 2 else
+        f"A Long Book, second edition\r\nText {chr(97 + n)}.\r\nend\r\n{n - 2} {chapter[n // 4]}"
         for n in range(3, 12)
     }  # fmt: skip
     pages = {1: "Title", 2: "ii\r\nContents 1", **pages}

@@ -233,7 +233,7 @@ def document(kept: Kept, groups: Sequence[Sequence[Setting]], methods: Sequence[
         if not done:
             continue
         readings, partly = {}, []
-        for method in methods:
+        for method in dict.fromkeys([measure, SELF_EXTEND, *methods]):
             results = [kept.get(s.what(method)) for s in done]
             if all(results):
                 readings[method] = [reading(result, n_ctx_train) for result in results]
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     for group in [] if args.write_only else groups:
         for setting in group:
             # What the others are compared with comes first, so that an interrupted study has something to say.
-            for method in sorted(args.methods, key=lambda m: m not in (measure_of(setting), SELF_EXTEND)):
+            for method in dict.fromkeys([measure_of(setting), SELF_EXTEND, *args.methods]):
                 what = setting.what(method)
                 is_new = not kept.has(what)
                 result = kept.measured(what, partial(read, setting, method, args.threads))
