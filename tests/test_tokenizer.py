@@ -160,7 +160,11 @@ FULL = r"Error: Requested tokens \(4000\d\) exceed context window of 512"
     [
         (["run", "MODEL", "-f", "TEXT", "-c", "512"], 1, FULL),
         (["run", "MODEL", "-f", "TEXT", "-c", "512", "--raw", "--special"], 1, FULL),
-        (["chat", "MODEL", "-f", "TEXT", "-c", "512"], 0, "TEXT: 40000 tokens, to be read before the next message."),
+        (
+            ["chat", "MODEL", "-f", "TEXT", "-c", "512"],
+            1,
+            "Error: TEXT has 40000 tokens, 39488 too many for the context",
+        ),
         (["eval", "ppl", "MODEL", "-f", "TEXT", "--lengths", "50000"], 1, "Error: the text has 40000 tokens"),
         (["tune", "MODEL", "-f", "TEXT", "--ctx", "50000"], 1, "Error: the text has 40000 tokens"),
     ],
@@ -640,7 +644,7 @@ def test_evaluation_reads_files_as_texts(write, tmp_path, monkeypatch):
     text.write_text("x<|im_end|>y<s>z" * 32)
     seen = {}
     module = sys.modules["selfextend_gguf.cli.evaluate"]  # the package has the command of that name
-    monkeypatch.setattr(module, "compare", lambda model, tokens, *rest, **more: seen.update(more, tokens=tokens))
+    monkeypatch.setattr(module, "compare", lambda model, tokens, *rest, **more: seen.update(more, tokens=tokens) or [])
     monkeypatch.setattr(module, "ppl_table", lambda *_: "")
     assert invoke("eval", "ppl", write(None, add_bos=True), "-f", text, "--lengths", "64").exit_code == 0
     assert (seen["tokens"], seen["bos"]) == ([BOS, *of(text.read_text())], BOS)
