@@ -12,9 +12,9 @@ import click
 
 from selfextend_gguf.atomic_file import new_file
 from selfextend_gguf.documents import Pages
+from selfextend_gguf.evaluation import tune as tuning
 from selfextend_gguf.evaluation.readers import pretended
-from selfextend_gguf.evaluation.tune import Trial, fraction_found, key_tasks
-from selfextend_gguf.evaluation.tune import tune as find
+from selfextend_gguf.evaluation.tune import Trial
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import DEMO_TEXT
 
@@ -50,7 +50,7 @@ def tune(
     """Try Self-Extend's parameters on a text, and print the best.
 
     Schedules, group sizes, windows and distances are ranked by perplexity on the same tokens (those beyond the trained
-    context), paired with the automatic parameters. The best are also asked for keys hidden in the text.
+    context), paired with the automatic parameters. Keys that are hidden in the text are asked for.
 
     \b
     Examples:
@@ -63,25 +63,25 @@ def tune(
     overrides = pretended(model, pretend_trained)
     arguments = model_arguments(**options) | overrides
     with ModelInfo(model, verbose=options["verbose"], **overrides) as info:
-        tokens, n_ctx_train, bos = info.tokenizer.tokens(text), info.n_ctx_train, info.tokenizer.bos
+        tokens, n_ctx_train = info.tokenizer.tokens(text), info.n_ctx_train
         if ctx <= n_ctx_train:
             raise click.ClickException(f"{ctx} tokens fit the trained context of {n_ctx_train}: nothing to tune")
         if ctx > len(tokens):
             raise click.ClickException(f"the text has {len(tokens)} tokens, {ctx} are needed: give a longer with -f")
-        tasks = key_tasks(ctx, text, lambda part: len(info.tokenizer.tokens(part)))
-
-    with status_line() as show:
-        trials = find(
-            str(model),
-            tokens,
-            ctx,
-            n_ctx_train,
-            budget,
-            bos=bos,
-            retrieval=lambda parameters: fraction_found(str(model), ctx, tasks, **parameters, **arguments),
-            on_progress=lambda done, left, seconds: show(f"{done} readings, {left} candidates, {seconds:.0f} s"),
-            **arguments,
-        )
+        with status_line() as show:
+            trials = tuning.tune(
+                str(model),
+                tokens,
+                ctx,
+                n_ctx_train,
+                budget,
+                tokenizer=info.tokenizer,
+                on_progress=lambda done, left, seconds: show(
+                    f"{done} readings, {left} candidates, {seconds:.0f} of {budget:.0f} s"
+                ),
+                **arguments,
+            )
+    n_unread = sum(1 for _ in tuning.candidates(n_ctx_train, ctx)) - len(trials)
     best, default = trials[0], next(t for t in trials if t.is_default)
     if pretend_trained is None:
         command = f"sx-gguf run {shlex.quote(str(model))} --ctx {ctx} {flags(best)}"
@@ -89,9 +89,12 @@ def tune(
         read = f"{shlex.quote(str(model))} -f {shlex.quote(str(file or DEMO_TEXT))} --lengths {ctx}"
         command = f"sx-gguf eval ppl {read} --pretend-trained {pretend_trained} {flags(best)}"
     if as_json:
-        click.echo(json.dumps({"command": command, "trials": [record(trial, default) for trial in trials]}))
+        records = [record(trial, default) for trial in trials]
+        click.echo(json.dumps({"command": command, "trials": records, "not_reached": n_unread}))
     else:
         click.echo(table(trials, default))
+        if n_unread:
+            click.echo(f"{n_unread} of {n_unread + len(trials)} candidates not reached: budget")
         click.echo(f"\n{command}")
     # Last: a file that cannot be written must not cost what took minutes to measure.
     if out is not None:

@@ -26,6 +26,7 @@ from selfextend_gguf.evaluation.perplexity import by_position, compare, perplexi
 from selfextend_gguf.evaluation.readers import METHODS, open_reader, pretended, token_losses
 from selfextend_gguf.evaluation.readings import Readings
 from selfextend_gguf.evaluation.tune import candidates, parameters_of, tune
+from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import TINY_MODEL, TINY_MODELS
 from selfextend_gguf.schedule import SCHEDULES
 from selfextend_gguf.studies import methods as study
@@ -157,7 +158,10 @@ def test_candidates_start_with_the_default_and_can_be_written_down(n_ctx):
 
 
 def test_tuned_parameters_are_no_worse_on_other_text(tokens):
-    trials = tune(MODEL, tokens[:20000], 512, 256, budget_seconds=np.inf)
+    with ModelInfo(MODEL) as info:
+        trials = tune(MODEL, tokens[:20000], 512, 256, budget_seconds=np.inf, tokenizer=info.tokenizer)
+    assert all(trial.retrieval in (0, 0.25, 0.5, 0.75, 1) for trial in trials)  # four keys
+    assert trials[0].retrieval == 1
     best, default = trials[0], next(t for t in trials if t.is_default)
     assert best.ratio_to(default).value <= 1
     other = tokens[60000:90000]
@@ -243,8 +247,8 @@ def test_eval_ppl_says_what_is_wrong(text_file, tmp_path):
     assert (result.exit_code, result.stderr) == (1, "Error: the text has 12000 tokens, 20000 were asked for\n")
     assert "token counts with commas" in invoke("eval", "ppl", MODEL, "-f", text_file, "--lengths", "1k").stderr
     binary = tmp_path / "binary"
-    binary.write_bytes(b"abc\xff")
-    assert "is not UTF-8 text: invalid byte at offset 3" in invoke("eval", "ppl", MODEL, "-f", str(binary)).stderr
+    binary.write_bytes(bytes(range(256)))
+    assert "is binary, no text" in invoke("eval", "ppl", MODEL, "-f", str(binary)).stderr
     assert invoke("eval", "ppl", MODEL, "-f", str(tmp_path / "none")).exit_code == 1
 
 
@@ -316,6 +320,15 @@ def test_config_files_that_tune_did_not_write_are_refused(tmp_path):
         result = invoke("info", MODEL, "--config", str(file))
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+def test_tune_counts_what_it_did_not_reach(text_file, monkeypatch):
+    monkeypatch.setattr("selfextend_gguf.evaluation.tune.candidates", lambda *sizes: islice(candidates(*sizes), 3))
+    monkeypatch.setattr("selfextend_gguf.evaluation.tune.time.monotonic", iter(range(0, 10**6, 100)).__next__)
+    result = invoke("tune", MODEL, "-c", "512", "-f", text_file, "--budget", "150")
+    assert "2 of 3 candidates not reached: budget" in result.stdout, result.output
+    result = invoke("tune", MODEL, "-c", "512", "-f", text_file, "--budget", "200")
+    assert "1 of 3 candidates not reached: budget" in result.stdout, result.output
 
 
 def test_tune_says_what_is_wrong(text_file):

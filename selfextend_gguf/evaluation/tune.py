@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 
 from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.evaluation.hidden_keys import Key, KeyText, hide, told
 from selfextend_gguf.evaluation.perplexity import Estimate, perplexity_ratio, stretches
 from selfextend_gguf.evaluation.readers import Losses, open_reader
-from selfextend_gguf.evaluation.retrieval import ANSWER_ROOM, score
-from selfextend_gguf.evaluation.tasks import TASKS, CountTokens, Task, Wish
-from selfextend_gguf.llama import Llama
 from selfextend_gguf.planning import plan
 from selfextend_gguf.schedule import SCHEDULES, SelfExtendConfig
+from selfextend_gguf.tiny.keys import FACT, KEY_NAMES, QUESTION, random_value
+from selfextend_gguf.tokenizer import Tokenizer
 
-_N_KEYS = 12
+_MOST_KEYS = 12
+_ANSWER = 8  # tokens for a key of five digits
+_TOKENS_A_KEY = 128  # a shorter text holds fewer keys, or it would hold little else
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Trial:
     config: SelfExtendConfig
     is_default: bool
     losses: list[Losses] = field(default_factory=list)  # one array a text: the tokens beyond the trained context
-    retrieval: float | None = None  # fraction of keys found; finalists only
+    retrieval: float | None = None  # fraction of keys found
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -101,20 +103,18 @@ def _all_candidates(n_ctx_train: int, n_ctx: int) -> Iterator[SelfExtendConfig]:
                     yield wide
 
 
-def key_tasks(n_ctx: int, text: str, count_tokens: CountTokens) -> list[Task]:
-    """Keys at all depths of texts that fill a context of `n_ctx` tokens, cut from `text`."""
-    rng, haystack = np.random.default_rng(0), text.encode("ascii", "replace").decode()
-    depths = np.linspace(0.05, 0.95, _N_KEYS)
-    return [TASKS["native"](rng, Wish(n_ctx - ANSWER_ROOM, count_tokens, float(d), text=haystack)) for d in depths]
-
-
-def fraction_found(model_path: str, n_ctx: int, tasks: Sequence[Task], **arguments: Any) -> float:
-    """Mean score of the tasks with given arguments of `Llama`."""
-    llm = Llama(model_path, n_ctx=n_ctx, **arguments)
-    try:
-        return float(np.mean([score(llm, task) for task in tasks]))
-    finally:
-        llm.close()
+def with_keys(tokenizer: Tokenizer, tokens: Sequence[int], n_ctx: int) -> KeyText:
+    """A text with keys that, with any question about them, fills a context of `n_ctx` tokens. ConfigError if `tokens`
+    are too few."""
+    rng = np.random.default_rng(0)
+    names = rng.choice(KEY_NAMES, max(1, min(_MOST_KEYS, n_ctx // _TOKENS_A_KEY)), replace=False)
+    keys = []
+    for name in names:
+        value = random_value(rng)
+        sentence, question = FACT.format(name=name, value=value), QUESTION.format(name=name)
+        keys.append(Key(f"\n{sentence}\n", "\n" + question.rstrip(), value))
+    longest = max(len(tokenizer.tokens(key.question, begins=False)) for key in keys)
+    return hide(tokenizer, tokens, n_ctx - longest - _ANSWER, keys)
 
 
 def tune(
@@ -124,66 +124,70 @@ def tune(
     n_ctx_train: int,
     budget_seconds: float,
     *,
-    bos: int | None = None,
-    retrieval: Callable[[dict[str, Any]], float] | None = None,
+    tokenizer: Tokenizer,
     on_progress: Callable[[int, int, float], None] = lambda done, left, seconds: None,
     **arguments: Any,
 ) -> list[Trial]:
-    """Trials from best to worst: by retrieval (where it is clearly worse than the best), then by paired perplexity.
+    """Trials from best to worst: by keys found (where they are clearly fewer than the most), then by paired perplexity.
 
-    Successive halving: all candidates read one stretch of `n_ctx` tokens, the better half another, and so on until the
-    texts or the time are used up. Losses are those of the tokens beyond the trained context.
+    Successive halving: all candidates read one stretch of the text, in which keys are hidden, the better half another,
+    and so on until the texts are used up, or the time that is left is shorter than a reading. Losses are those of the
+    tokens beyond the trained context, without those of the keys.
 
     Args:
         tokens: The text to tune on; ConfigError if it is shorter than `n_ctx`.
-        bos: The token that the vocabulary wants before each stretch, if it wants one.
-        retrieval: Fraction of keys found with given parameters, for the last four and the default.
+        tokenizer: The model's.
         on_progress: Called after each reading: readings done, candidates left, seconds used.
         arguments: Of `Llama`.
     """
     began = time.monotonic()
-    texts = stretches(tokens, n_ctx, 8, bos)
+    texts = stretches(tokens, n_ctx, 8, tokenizer.bos)
+    keys = with_keys(tokenizer, tokens, n_ctx)
     trials = [Trial(config, is_default=i == 0) for i, config in enumerate(candidates(n_ctx_train, n_ctx))]
-    running, done = list(trials), 0
-    time_for_retrieval = 0.3 * budget_seconds if retrieval else 0.0
+    running, done, longest, spent = list(trials), 0, 0.0, 0.0
     for number, text in enumerate(texts):
         for trial in running:
-            if done and time.monotonic() - began > budget_seconds - time_for_retrieval:
+            if done and spent + longest > budget_seconds:
                 break
             reader = open_reader(
                 trial.config.schedule, model_path, n_ctx, parameters=_without_schedule(trial), **arguments
             )
             try:
-                trial.losses.append(reader.losses(text)[n_ctx_train:])
+                if number == 0:
+                    losses = reader.losses(keys.tokens)
+                    trial.losses.append(losses[n_ctx_train:][keys.is_text[1 + n_ctx_train :]])
+                    answers = told(reader, tokenizer, keys, _ANSWER)
+                    found = [wanted in answer for wanted, answer in zip(keys.answers, answers, strict=True)]
+                    trial.retrieval = float(np.mean(found))
+                else:
+                    trial.losses.append(reader.losses(text)[n_ctx_train:])
             finally:
                 reader.close()
             done += 1
-            on_progress(done, len(running), time.monotonic() - began)
+            before, spent = spent, time.monotonic() - began
+            longest = max(longest, spent - before)
+            on_progress(done, len(running), spent)
         finished = [t for t in running if len(t.losses) > number]
         if len(finished) < len(running) or len(finished) <= 4:
             break
         finished.sort(key=lambda t: t.mean_loss(number + 1))
         kept = finished[: (len(finished) + 1) // 2]
         running = kept + [t for t in finished[len(kept) :] if t.is_default]
-    return _ranked(trials, retrieval, lambda: budget_seconds - (time.monotonic() - began))
+    return _ranked(trials, clearly_fewer=max(0.1, 1.5 / len(keys.answers)))
 
 
 def _without_schedule(trial: Trial) -> dict[str, Any]:
     return {name: value for name, value in trial.parameters.items() if name != "schedule"}
 
 
-def _ranked(
-    trials: list[Trial], retrieval: Callable[[dict[str, Any]], float] | None, seconds_left: Callable[[], float]
-) -> list[Trial]:
-    """Those that read most texts first, among them the better perplexity; finalists are also asked for keys."""
+def _ranked(trials: list[Trial], clearly_fewer: float) -> list[Trial]:
+    """Those that read most texts first, among them the better perplexity; behind them all, those that found fewer keys
+    than others by more than the fraction `clearly_fewer`, which outweighs any perplexity."""
     read = [trial for trial in trials if trial.losses]
-    ranked = sorted(read, key=lambda t: (-len(t.losses), t.mean_loss(len(t.losses))))
-    if retrieval is None:
-        return ranked
-    finalists = ranked[:4] + [t for t in ranked[4:] if t.is_default]
-    for trial in finalists:
-        if seconds_left() > 0:
-            trial.retrieval = retrieval(trial.parameters)
-    best = max((t.retrieval for t in finalists if t.retrieval is not None), default=0.0)
-    # A tenth fewer keys outweighs any perplexity.
-    return sorted(ranked, key=lambda t: (t.retrieval is not None and t.retrieval < best - 0.1, ranked.index(t)))
+    best = max((t.retrieval or 0.0 for t in read), default=0.0)
+
+    def rank(trial: Trial) -> tuple[bool, int, float]:
+        lost = (trial.retrieval or 0.0) < best - clearly_fewer
+        return lost, -len(trial.losses), trial.mean_loss(len(trial.losses))
+
+    return sorted(read, key=rank)

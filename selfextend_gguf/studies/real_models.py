@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.evaluation.hidden_keys import Key, KeyText, hide, told
 from selfextend_gguf.evaluation.kept import Kept
 from selfextend_gguf.evaluation.perplexity import perplexity_ratio
 from selfextend_gguf.evaluation.plots import plot_curves
@@ -47,37 +47,15 @@ ROOM = 64  # tokens of the longest question and its answer
 SELF_EXTEND = "selfextend"
 
 
-@dataclass(frozen=True)
-class KeyText:
-    """Tokens of a text with hidden keys."""
-
-    tokens: list[int]
-    is_text: npt.NDArray[np.bool_]  # (n_tokens,): not part of a key's sentence
-    questions: list[list[int]]
-    answers: list[str]
-
-
 def key_text(tokenizer: Tokenizer, text: Sequence[int], n_tokens: int) -> KeyText:
-    """The beginning of `text` with a key in the middle of each of as many equal parts as there are keys."""
+    """The beginning of `text` with a secret number of each city."""
     rng = np.random.default_rng(n_tokens)
     numbers = [str(number) for number in rng.choice(90000, len(CITIES), replace=False) + 10000]
-    facts = [
-        tokenizer.tokens(FACT.format(city=city, number=number), begins=False)
+    keys = [
+        Key(FACT.format(city=city, number=number), QUESTION.format(city=city), number)
         for city, number in zip(CITIES, numbers, strict=True)
     ]
-    n_text = n_tokens - sum(map(len, facts))
-    if not len(CITIES) < n_text <= len(text):
-        raise ConfigError(f"{n_tokens} tokens with {len(CITIES)} keys need a text of {n_text}, not of {len(text)}")
-    cuts = ((np.arange(len(CITIES)) + 0.5) / len(CITIES) * n_text).astype(int)
-    tokens: list[int] = []
-    is_text: list[bool] = []
-    for begin, end, fact in zip([0, *cuts], [*cuts, n_text], [*facts, []], strict=True):
-        tokens += [*text[begin:end], *fact]
-        is_text += [True] * (end - begin) + [False] * len(fact)
-    if tokenizer.bos is not None:
-        tokens[0] = tokenizer.bos
-    questions = [tokenizer.tokens(QUESTION.format(city=city), begins=False) for city in CITIES]
-    return KeyText(tokens, np.array(is_text), questions, numbers)
+    return hide(tokenizer, text, n_tokens, keys)
 
 
 @dataclass(frozen=True)
@@ -139,14 +117,13 @@ def read(setting: Setting, method: str, n_threads: int) -> dict[str, Any] | None
         try:
             losses = reader.losses(text.tokens)
             seconds = time.monotonic() - began
-            answers = reader.answers(text.tokens, text.questions, ANSWER_TOKENS)
+            answers = told(reader, info.tokenizer, text, ANSWER_TOKENS)
         finally:
             reader.close()
-        told = [info.tokenizer.detokenize(answer).decode("utf-8", "replace") for answer in answers]
     return {
         "losses": [round(float(loss), 5) for loss in losses],
         "is_text": "".join(str(int(flag)) for flag in text.is_text[1:]),
-        "answers": told,
+        "answers": answers,
         "wanted": text.answers,
         "seconds": round(seconds, 1),
     }
@@ -164,8 +141,14 @@ def reading(result: dict[str, Any], n_ctx_train: int) -> Reading:
 
 HEAD = """# Real models
 
-Written by `python -m selfextend_gguf.studies.real_models`{machine}. Every method reads the same texts, f16 keys and
-values unless said otherwise.
+Written{machine} by
+
+```sh
+python -m selfextend_gguf.studies.real_models {command}
+```
+
+Every method reads the same texts, with f16 keys and values unless said otherwise. What the command measures is kept:
+called again, it goes on.
 
 * *Perplexity* is that of the tokens beyond the trained context, in relation to the *measure*: for a model that is read
   as if it were trained on fewer tokens, plain reading of the same file, which was trained on more (1.000 would be
@@ -221,9 +204,11 @@ def name_of(setting: Setting, n_ctx_train: int) -> str:
     return f"{setting.model.stem}, {trained}: {setting.n_tokens} tokens{cache}"
 
 
-def document(kept: Kept, groups: Sequence[Sequence[Setting]], methods: Sequence[str], out: Path, machine: str) -> str:
+def document(
+    kept: Kept, groups: Sequence[Sequence[Setting]], methods: Sequence[str], out: Path, *, machine: str, command: str
+) -> str:
     """The text of real-models.md, of what was measured; its pictures are drawn."""
-    parts = [HEAD.format(machine=f",\non {machine}" if machine else "", n_keys=len(CITIES))]
+    parts = [HEAD.format(machine=f" on {machine}" if machine else "", command=command, n_keys=len(CITIES))]
     for group in groups:
         first = group[0]
         with ModelInfo(first.model) as info:
@@ -286,7 +271,17 @@ def main(argv: list[str] | None = None) -> None:
                     seconds = "out of reach" if result is None else f"{result['seconds']} s"
                     print(setting.model.stem, setting.pretend, setting.n_tokens, setting.text.name, method, seconds)
                     sys.stdout.flush()
-    text = document(kept, groups, args.methods, args.out, args.machine)
+    names = [
+        f"{flag} {' '.join(map(str, values))}"
+        for flag, values in (
+            ("--text", [text.name for text in args.text]),
+            ("--pretend", args.pretend),
+            ("--times", args.times),
+            ("--cache-type", args.cache_type),
+        )
+    ]
+    command = " ".join([*(model.name for model in args.models), *names, "--kept", args.kept.name])
+    text = document(kept, groups, args.methods, args.out, machine=args.machine, command=command)
     (args.out / "real-models.md").write_text(text, encoding="utf-8")
 
 

@@ -1,0 +1,57 @@
+"""Keys hidden in a text that is read once: its perplexity without them, and which of them are found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.evaluation.readers import Reader
+from selfextend_gguf.tokenizer import Tokenizer
+
+
+class Key(NamedTuple):
+    """A sentence to hide, and how it is asked for."""
+
+    sentence: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class KeyText:
+    """Tokens of a text with hidden keys."""
+
+    tokens: list[int]
+    is_text: npt.NDArray[np.bool_]  # (n_tokens,): not part of a key's sentence
+    questions: list[list[int]]
+    answers: list[str]
+
+
+def hide(tokenizer: Tokenizer, text: Sequence[int], n_tokens: int, keys: Sequence[Key]) -> KeyText:
+    """The beginning of `text` with a key in the middle of each of as many equal parts as there are keys, `n_tokens` in
+    all. ConfigError if the text is too short, or the keys leave no room for it."""
+    sentences = [tokenizer.tokens(key.sentence, begins=False) for key in keys]
+    n_text = n_tokens - sum(map(len, sentences))
+    if not len(keys) < n_text <= len(text):
+        raise ConfigError(f"{n_tokens} tokens with {len(keys)} keys need a text of {n_text}, not of {len(text)}")
+    cuts = ((np.arange(len(keys)) + 0.5) / len(keys) * n_text).astype(int)
+    tokens: list[int] = []
+    is_text: list[bool] = []
+    for begin, end, sentence in zip([0, *cuts], [*cuts, n_text], [*sentences, []], strict=True):
+        tokens += [*text[begin:end], *sentence]
+        is_text += [True] * (end - begin) + [False] * len(sentence)
+    if tokenizer.bos is not None:
+        tokens[0] = tokenizer.bos
+    questions = [tokenizer.tokens(key.question, begins=False) for key in keys]
+    return KeyText(tokens, np.array(is_text), questions, [key.answer for key in keys])
+
+
+def told(reader: Reader, tokenizer: Tokenizer, text: KeyText, n_tokens: int) -> list[str]:
+    """What greedy decoding answers to each question at the end of the text, in `n_tokens`."""
+    answers = reader.answers(text.tokens, text.questions, n_tokens)
+    return [tokenizer.detokenize(answer).decode("utf-8", "replace") for answer in answers]
