@@ -23,6 +23,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 MEMORY = 2**31  # bytes
+SECONDS = 600  # of processor time
 LONGEST_TEXT = 2**26  # characters of a text, and bytes of HTML
 LARGEST_UNPACKED = 2**28  # bytes of what is read of an archive
 LARGEST_RATIO = 200  # unpacked to packed bytes; XML that people wrote has 3 to 30
@@ -49,6 +50,7 @@ def main() -> None:
     """Read standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     with contextlib.suppress(OSError, ValueError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sys.setrecursionlimit(_DEEPEST)

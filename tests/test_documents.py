@@ -212,10 +212,10 @@ def test_pdfs_that_cannot_be_read(tmp_path, pdf):
 
 
 def test_a_pdf_that_unpacks_to_too_much(tmp_path):
-    packed = zlib.compress(b"BT /F 10 Tf (x) Tj ET " + b" " * 2**29, 9)
+    packed = zlib.compress(b"BT /F 10 Tf (x) Tj ET " + b" " * 2**27, 9)
     packed = zlib.compress(packed, 9)
     stream = b"<< /Length %d /Filter [/FlateDecode /FlateDecode] >>\nstream\n%s\nendstream" % (len(packed), packed)
-    path = write_pdf(tmp_path / "bomb.pdf", [["x"]] * 3, stream=stream)
+    path = write_pdf(tmp_path / "bomb.pdf", [["x"]], stream=stream)
     assert path.stat().st_size < 2**16
     try:
         assert set(read_document(path).text.split()) == {"x"}  # within the limit of memory, it is only blanks
@@ -331,7 +331,7 @@ def test_sizes_in_an_archive_are_not_believed(tmp_path):
 
 def test_elements_without_end():
     with pytest.raises(DocumentError, match=r"pipe (has more than|takes more than|ended the process)"):
-        text_of(b"<html>" + b"<div>x" * 10**6, "pipe")
+        text_of(b"<html>" + b"<div>x" * 20_000, "pipe")
 
 
 def test_a_reader_that_ends_is_an_error(pdf, monkeypatch):
