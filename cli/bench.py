@@ -12,11 +12,11 @@ import click
 from selfextend_gguf.evaluation import bench as measure
 from selfextend_gguf.models import TINY_MODEL
 
-from .options import at_most_one
+from .options import ModelName, at_most_one
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=ModelName(path_type=Path), required=False)
 @click.option("--smollm-135m", is_flag=True, help="Measure a random-weight model of SmolLM-135M's shape.")
 @click.option("--length", type=click.IntRange(512), default=8192, show_default=True, help="Tokens to read.")
 @click.option(
