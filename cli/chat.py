@@ -56,6 +56,7 @@ from .texts import (
     STANDARD_INPUT,
     before_question,
     describe,
+    files_option,
     pages_option,
     pages_that_fit,
     read_documents,
@@ -67,14 +68,7 @@ _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 
 @click.command()
 @model_argument
-@click.option(
-    "-f",
-    "--file",
-    "files",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Text or document to put before the first message; may be given several times.",
-)
+@files_option("to put before the first message")
 @pages_option
 @context_option
 @text_options

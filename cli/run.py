@@ -42,7 +42,7 @@ from .options import (
 )
 from .progress import note_on_terminal, reading_bar
 from .prompt_cache import PromptCacheFile, prompt_cache_file
-from .texts import STANDARD_INPUT, advice_on_length, combine, describe, pages_option, read_documents
+from .texts import STANDARD_INPUT, advice_on_length, combine, describe, files_option, pages_option, read_documents
 from .thoughts import open_model, reasoning_option, shown
 
 UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is given
@@ -52,14 +52,7 @@ UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is give
 @model_argument
 @click.argument("prompt", required=False)
 @click.option("-p", "--prompt", "prompt_option", help="The prompt, or the question about the text of -f.")
-@click.option(
-    "-f",
-    "--file",
-    "files",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Text or document to read first; - = standard input; may be given several times.",
-)
+@files_option("to read first; - = standard input")
 @pages_option
 @click.option("-c", "--ctx", type=click.IntRange(1), help="Context in tokens [what prompt and answer need].")
 @text_options

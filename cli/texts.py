@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,6 +27,18 @@ def _parse_pages(_: click.Context, __: click.Parameter, value: str | None) -> Pa
         return None if value is None else parse_pages(value)
     except DocumentError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def files_option(purpose: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """-f: texts and documents, as often as wanted."""
+    return click.option(
+        "-f",
+        "--file",
+        "files",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        help=f"Text or document {purpose}; may be given several times.",
+    )
 
 
 pages_option = click.option(
