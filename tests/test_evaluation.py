@@ -74,7 +74,7 @@ def test_self_extend_reads_as_llama_does(tokens):
 
 def test_fresh_windows_give_every_token_half_a_context_or_more(tokens):
     """Token 300 stands in the window that starts at 128, so its loss is that of reading tokens 128 to 300."""
-    reader = open_reader("window", MODEL, 600)
+    reader = open_reader("window", MODEL, 600, flash_attn=False)
     losses = reader.losses(tokens[:600])
     assert len(losses) == 599
     plain = llama_cpp.Llama(MODEL, n_ctx=512, logits_all=True, verbose=False)
@@ -83,9 +83,18 @@ def test_fresh_windows_give_every_token_half_a_context_or_more(tokens):
 
 
 def test_the_loop_is_plain_until_it_starts(tokens):
-    plain, loop = (open_reader(method, MODEL, 512).losses(tokens[:512]) for method in ("plain", "loop"))
+    plain, loop = (
+        open_reader(method, MODEL, 512, flash_attn=False).losses(tokens[:512]) for method in ("plain", "loop")
+    )
     assert loop[:100] == pytest.approx(plain[:100], abs=0.05)
     assert np.abs(loop[300:] - plain[300:]).max() > 1
+
+
+@pytest.mark.parametrize("method", ["selfextend", "restart", "dca"])
+def test_within_the_trained_context_methods_read_as_plain_does(tokens, method):
+    """With the same attention kernel: what remains is the order of sums, as steps differ in length."""
+    plain, extended = (open_reader(m, MODEL, 1024).losses(tokens[:256]) for m in ("plain", method))
+    assert extended == pytest.approx(plain, abs=0.01)
 
 
 @pytest.mark.parametrize("method", METHODS)
