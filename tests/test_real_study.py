@@ -21,17 +21,17 @@ def test_keys_stand_evenly_in_the_text_and_are_told_apart_from_it():
     with ModelInfo(MODEL) as info:
         tokenizer = info.tokenizer
         tokens = tokenizer.tokens(TEXT.read_text())
-        text = study.key_text(tokenizer, tokens, 3000)
+        text = study.key_text(tokenizer, tokens, 3000, 20)
     assert len(text.tokens) == len(text.is_text) == 3000
     assert [t for t, flag in zip(text.tokens, text.is_text, strict=True) if flag] == tokens[: text.is_text.sum()]
     read = bytes(text.tokens).decode()
     places = []
-    for city, number in zip(study.CITIES, text.answers, strict=True):
+    for city, number in zip(study.CITIES[:20], text.answers, strict=True):
         sentence = study.FACT.format(city=city, number=number)
         assert read.count(sentence) == 1
         places.append(read.index(sentence))
         assert not text.is_text[places[-1] : places[-1] + len(sentence)].any()
-    assert len(set(text.answers)) == len(study.CITIES)
+    assert len(set(text.answers)) == 20
     apart = np.diff(places)
     assert (places[0], 3000 - places[-1]) == pytest.approx((apart.mean() / 2,) * 2, rel=0.5)
     assert apart.max() - apart.min() < 10
@@ -39,11 +39,11 @@ def test_keys_stand_evenly_in_the_text_and_are_told_apart_from_it():
 
 def test_a_text_that_is_too_short_is_refused():
     with ModelInfo(MODEL) as info, pytest.raises(ConfigError, match="3000 tokens with 20 keys need a text of"):
-        study.key_text(info.tokenizer, [65] * 100, 3000)
+        study.key_text(info.tokenizer, [65] * 100, 3000, 20)
 
 
 def run(folder: Path, *arguments: str) -> str:
-    kept = ["--kept", str(folder / "kept.jsonl"), "--out", str(folder), "--threads", "1"]
+    kept = ["--kept", str(folder / "kept.jsonl"), "--out", str(folder), "--threads", "1", "--keys", "20"]
     study.main([str(MODEL), "--text", str(TEXT), *kept, *arguments])
     return (folder / "real-models.md").read_text()
 

@@ -39,6 +39,8 @@ from selfextend_gguf.tokenizer import Tokenizer
 CITIES = (
     *("Lisbon", "Oslo", "Cairo", "Lima", "Kyoto", "Dublin", "Nairobi", "Quito", "Riga", "Hanoi"),
     *("Tunis", "Bergen", "Havana", "Bogota", "Dakar", "Seoul", "Malta", "Perth", "Bern", "Accra"),
+    *("Athens", "Boston", "Delhi", "Geneva", "Istanbul", "Jakarta", "Kabul", "London", "Madrid", "Naples"),
+    *("Osaka", "Prague", "Reykjavik", "Sydney", "Tehran", "Vienna", "Warsaw", "Zagreb", "Chicago", "Toronto"),
 )
 FACT = "\n\nThe secret number of {city} is {number}.\n\n"
 QUESTION = "\n\nThe secret number of {city} is"
@@ -47,13 +49,13 @@ ROOM = 64  # tokens of the longest question and its answer
 SELF_EXTEND = "selfextend"
 
 
-def key_text(tokenizer: Tokenizer, text: Sequence[int], n_tokens: int) -> KeyText:
-    """The beginning of `text` with a secret number of each city."""
+def key_text(tokenizer: Tokenizer, text: Sequence[int], n_tokens: int, n_keys: int) -> KeyText:
+    """The beginning of `text` with a secret number of each of `n_keys` cities."""
     rng = np.random.default_rng(n_tokens)
-    numbers = [str(number) for number in rng.choice(90000, len(CITIES), replace=False) + 10000]
+    numbers = [str(number) for number in rng.choice(90000, n_keys, replace=False) + 10000]
     keys = [
         Key(FACT.format(city=city, number=number), QUESTION.format(city=city), number)
-        for city, number in zip(CITIES, numbers, strict=True)
+        for city, number in zip(CITIES[:n_keys], numbers, strict=True)
     ]
     return hide(tokenizer, text, n_tokens, keys)
 
@@ -67,6 +69,7 @@ class Setting:
     n_tokens: int
     text: Path
     cache_type: str = "f16"
+    n_keys: int = len(CITIES)
 
     def overrides(self, architecture: str) -> dict[str, int]:
         return {f"{architecture}.context_length": self.pretend} if self.pretend else {}
@@ -81,6 +84,7 @@ class Setting:
             "text": self.text.name,
             "checksum": zlib.crc32(self.text.read_bytes()),
             "cache_type": self.cache_type,
+            "n_keys": self.n_keys,
             "method": method,
         }
 
@@ -99,7 +103,7 @@ def read(setting: Setting, method: str, n_threads: int) -> dict[str, Any] | None
     with ModelInfo(setting.model) as info:
         overrides = setting.overrides(info.architecture)
         tokens = info.tokenizer.tokens(setting.text.read_text(encoding="utf-8-sig"))
-        text = key_text(info.tokenizer, tokens, setting.n_tokens)
+        text = key_text(info.tokenizer, tokens, setting.n_tokens, setting.n_keys)
         began = time.monotonic()
         try:
             reader = open_reader(
@@ -208,7 +212,7 @@ def document(
     kept: Kept, groups: Sequence[Sequence[Setting]], methods: Sequence[str], out: Path, *, machine: str, command: str
 ) -> str:
     """The text of real-models.md, of what was measured; its pictures are drawn."""
-    parts = [HEAD.format(machine=f" on {machine}" if machine else "", command=command, n_keys=len(CITIES))]
+    parts = [HEAD.format(machine=f" on {machine}" if machine else "", command=command, n_keys=groups[0][0].n_keys)]
     for group in groups:
         first = group[0]
         with ModelInfo(first.model) as info:
@@ -241,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pretend", nargs="+", type=int, default=[0], help="trained contexts to pretend; 0 = its own")
     parser.add_argument("--times", nargs="+", type=int, default=[4], help="text lengths in trained contexts")
     parser.add_argument("--cache-type", nargs="+", choices=list(KV_TYPES), default=["f16"])
+    parser.add_argument("--keys", type=int, choices=range(1, len(CITIES) + 1), default=len(CITIES), help="in each text")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument(
         "--kept", type=Path, required=True, help="file that keeps results; those in it are not repeated"
@@ -259,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
             for times in args.times:
                 for cache_type in args.cache_type:
                     n = times * n_ctx_train
-                    groups.append([Setting(model, pretend, n, text, cache_type) for text in args.text])
+                    groups.append([Setting(model, pretend, n, text, cache_type, args.keys) for text in args.text])
     for group in [] if args.write_only else groups:
         for setting in group:
             # What the others are compared with comes first, so that an interrupted study has something to say.
