@@ -8,12 +8,14 @@ from selfextend_gguf import __version__
 
 from .bench import bench
 from .chat import chat
+from .completion import completion
 from .demo import demo
 from .errors import ErrorHandlingGroup
 from .evaluate import evaluate
 from .info import info
 from .run import run
 from .serve import serve
+from .settings import let_variables_set
 from .tune import tune
 
 
@@ -29,5 +31,6 @@ def main() -> None:
     """
 
 
-for command in (run, chat, serve, info, demo, bench, evaluate, tune):
+for command in (run, chat, serve, info, demo, bench, evaluate, tune, completion):
     main.add_command(command)
+let_variables_set(main)

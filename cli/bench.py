@@ -45,7 +45,7 @@ def bench(
         sx-gguf bench
         sx-gguf bench --smollm-135m --repeat 1
     """
-    at_most_one({"a model": model, "--smollm-135m": smollm_135m})
+    model, smollm_135m = at_most_one({"a model": model, "--smollm-135m": smollm_135m}).values()
     with tempfile.TemporaryDirectory() as folder:
         path = model or TINY_MODEL
         if smollm_135m:

@@ -21,7 +21,7 @@ from selfextend_gguf.tiny.keys import KeyTask, key_task
 )
 @click.option("--seed", type=int, default=1, show_default=True, help="Which key and which part of the text.")
 def demo(times: int, depth: float, seed: int) -> None:
-    """Let the bundled model find a key far beyond its trained context.
+    """Let the bundled model find a key beyond its trained context.
 
     A key is hidden in a text of 16 trained contexts. The model is asked for it, with and without Self-Extend.
 

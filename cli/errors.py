@@ -14,6 +14,7 @@ from selfextend_gguf._native import silence_log
 from selfextend_gguf.errors import SelfExtendError
 
 from .options import VERBOSE
+from .settings import blame, read_settings
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -24,17 +25,20 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 class ErrorHandlingGroup(click.Group):
-    """A group whose commands report expected errors and Ctrl-C without a traceback (unless -v)."""
+    """A group whose commands take settings, and report expected errors and Ctrl-C without a traceback (unless -v)."""
 
     def invoke(self, ctx: click.Context) -> Any:
         silence_log()  # -v restores it
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = show_warning
+                ctx.default_map = read_settings(self)
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
+        except click.BadParameter as error:
+            raise blame(error) from error
         except (SelfExtendError, OSError, MemoryError) as error:
             if VERBOSE in ctx.meta:
                 raise

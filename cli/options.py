@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from llama_cpp.llama_grammar import LlamaGrammar
@@ -30,9 +30,9 @@ from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
 from selfextend_gguf.stores import model_path
 from selfextend_gguf.templates import ChatTemplate, check_variables
 
+from .settings import precedence
 from .texts import read_text
 
-T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -81,13 +81,17 @@ context_option = click.option(
 )
 
 
-def at_most_one(values: Mapping[str, T | None]) -> T | None:
-    """The one value that is given, None if none is; `values` by how users know them. UsageError for more."""
+def at_most_one(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` by how users know them, one of them given at most; others are None. UsageError for more.
+
+    What was typed comes before environment variables, and these before the file of settings."""
     given = {name: value for name, value in values.items() if value is not None and value is not False}
-    if len(given) > 1:
-        *others, last = given
+    first = min(map(precedence, given), default=0)
+    names = [name for name in given if precedence(name) == first]
+    if len(names) > 1:
+        *others, last = names
         raise click.UsageError(f"give {', '.join(others)} or {last}, not both")
-    return next(iter(given.values()), None)
+    return {name: value if name in names else None for name, value in values.items()}
 
 
 def _load_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -192,8 +196,8 @@ def take_template(options: dict[str, Any]) -> dict[str, Any]:
 
 def take_system(options: dict[str, Any], system: str | None) -> str | None:
     """The system message, from --system or the file of -sysf, which is taken out of `options`."""
-    file: Path | None = options.pop("system_prompt_file")
-    at_most_one({"--system": system, "-sysf": file})
+    values = {"--system": system, "-sysf": options.pop("system_prompt_file")}
+    system, file = at_most_one(values).values()
     return system if file is None else read_text(file)
 
 
@@ -399,8 +403,8 @@ def _parse_json(text: str) -> Any:
 
 def _take_grammar(options: dict[str, Any]) -> LlamaGrammar | None:
     names = ("grammar", "grammar_file", "json_schema", "json_schema_file")
-    grammar, grammar_file, schema, schema_file = given = [options.pop(name) for name in names]
-    at_most_one({f"--{name.replace('_', '-')}": value for name, value in zip(names, given, strict=True)})
+    values = {f"--{name.replace('_', '-')}": options.pop(name) for name in names}
+    grammar, grammar_file, schema, schema_file = at_most_one(values).values()
     if grammar_file is not None:
         grammar = read_text(grammar_file)
     if grammar is not None:
@@ -436,8 +440,8 @@ loading_options = _combine(
 
 def take_loading(options: dict[str, Any]) -> dict[str, Any]:
     """Move the values of `loading_options` and --repeat-last-n into arguments of our `Llama`. ConfigError."""
-    lora, scaled = options.pop("lora"), options.pop("lora_scaled")
-    at_most_one({"--lora": lora, "--lora-scaled": scaled})
+    values = {"--lora": options.pop("lora"), "--lora-scaled": options.pop("lora_scaled")}
+    lora, scaled = at_most_one(values).values()
     path, scale = (None if lora is None else str(lora)), 1.0
     if scaled is not None:
         path, _, factor = scaled.rpartition(":")

@@ -15,7 +15,8 @@ from .options import at_most_one
 
 def prompt_cache_file(path: Path | None, read_only_path: Path | None) -> PromptCacheFile:
     """The file that --prompt-cache or --prompt-cache-ro names."""
-    at_most_one({"--prompt-cache": path, "--prompt-cache-ro": read_only_path})
+    values = {"--prompt-cache": path, "--prompt-cache-ro": read_only_path}
+    path, read_only_path = at_most_one(values).values()
     return PromptCacheFile(path or read_only_path, read_only=read_only_path is not None)
 
 

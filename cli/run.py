@@ -42,6 +42,7 @@ from .options import (
 )
 from .progress import note_on_terminal, reading_bar
 from .prompt_cache import PromptCacheFile, prompt_cache_file
+from .settings import key_of, precedence, settable
 from .texts import STANDARD_INPUT, advice_on_length, combine, describe, files_option, pages_option, read_documents
 from .thoughts import open_model, reasoning_option, shown
 
@@ -101,15 +102,15 @@ def run(
         sx-gguf run model.gguf -f book.txt -p "Who is the narrator?" --prompt-cache book.kv
     """
     cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
-    question = at_most_one({"the prompt as an argument": prompt, "with -p": prompt_option})
+    prompt, prompt_option = at_most_one({"the prompt as an argument": prompt, "-p": prompt_option}).values()
+    question = prompt_option if prompt is None else prompt
     if question is None and not files and not sys.stdin.isatty():
         files = (STANDARD_INPUT,)
     documents = read_documents(files, pages)
     if question is None and not documents:
         if as_json or timings or not sys.stdout.isatty():
             raise click.UsageError("no prompt: give it as an argument, with -p, with -f FILE, or on standard input")
-        context = click.get_current_context()
-        context.invoke(chat, **{p.name: context.params[p.name] for p in chat.params if p.name in context.params})
+        talk(click.get_current_context(), model)
         return
     system = take_system(options, system)
     loading = take_loading(options)
@@ -148,6 +149,16 @@ def run(
             print_timings(answer[-1].timings, opening)
     finally:
         llm.close()
+
+
+def talk(context: click.Context, model: Path) -> None:
+    """A chat, with what of its options was given to `run`; the others are as `chat` would have them."""
+    with chat.make_context("chat", [str(model)], parent=context.parent) as other:
+        for option in settable(chat):
+            flag, name = f"--{key_of(option)}", option.name
+            if name in other.params and precedence(flag, context) < precedence(flag, other):
+                other.params[name] = context.params[name]
+        chat.invoke(other)
 
 
 def print_answer(

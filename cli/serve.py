@@ -29,9 +29,7 @@ from .options import (
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on; 0 = a free one."
 )
-@click.option(
-    "--api-key", envvar="SX_GGUF_API_KEY", help="Key that requests must carry [environment variable SX_GGUF_API_KEY]."
-)
+@click.option("--api-key", help="Key that requests must carry; in SX_GGUF_API_KEY other users do not see it.")
 @click.option(
     "--alias", "aliases", multiple=True, help="A model's name for clients, once for each model [its file's name]."
 )
@@ -92,7 +90,8 @@ def serve(
     verbose = options["verbose"]
     template = take_template(options)
     arguments = llama_arguments(**options)
-    at_most_one({"--prompt-cache": prompt_cache, "--prompt-cache-ro": prompt_cache_ro})
+    caches = {"--prompt-cache": prompt_cache, "--prompt-cache-ro": prompt_cache_ro}
+    prompt_cache, prompt_cache_ro = at_most_one(caches).values()
     if prompt_cache is not None:
         prompt_cache.mkdir(parents=True, exist_ok=True)
     folder, read_only = prompt_cache or prompt_cache_ro, prompt_cache_ro is not None

@@ -9,10 +9,17 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+ABOUT_TESTS = ("SX_GGUF_TEST_MODELS", "SX_GGUF_TEMPLATES")  # variables
+
 # Tiny models are read fastest on one thread: several mostly wait for each other, and for whatever else the machine
 # does. The libraries read this when they are loaded, those of child processes as well.
 for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
     os.environ.setdefault(name, "1")
+
+# What a user has set must not change what is tested, nor tests what a user finds in the history of a chat.
+for name in [name for name in os.environ if name.startswith("SX_GGUF_") and name not in ABOUT_TESTS]:
+    del os.environ[name]
+os.environ |= {"SX_GGUF_CONFIG": os.devnull, "SX_GGUF_NO_HISTORY": "1"}
 
 # `python -m pytest` puts the source tree in front of the installed package, which alone has the compiled library.
 ROOT = Path(__file__).resolve().parents[1]

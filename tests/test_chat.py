@@ -144,6 +144,15 @@ def test_a_conversation(terminal, tmp_path):
     assert term.exit_code() == 0
 
 
+def test_run_as_a_chat_takes_the_settings_of_chat_and_what_it_was_given(terminal, tmp_path, monkeypatch):
+    (tmp_path / "config.toml").write_text("[chat]\npredict = 3\ntemp = 0\n[run]\npredict = 4\nctx = 1024")
+    monkeypatch.setenv("SX_GGUF_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.setenv("SX_GGUF_RUN_CTX", "512")
+    term = terminal("run", MODEL, "--system", "x")
+    assert "context 512 tokens" in term.lines()[0]
+    assert term.enter(FACT + " " + QUESTION)[-2] == "579"
+
+
 def test_line_editing(terminal, tmp_path):
     file = tmp_path / "c.json"
     term = terminal("chat", MODEL, "-n", "1", "--temp", "0")
@@ -222,7 +231,7 @@ def test_the_bar_fits_a_narrow_terminal(terminal, tmp_path, heldout_text):
     (tmp_path / "reading").touch()
     term = terminal("chat", MODEL, "-c", "2048", "-n", "5", "--temp", "0", held=tmp_path, columns=70)
     term.type(f"/file {book}\r")
-    term.until(r"next message(.|\n)*^>\Z")
+    term.until(r"next\s+message(.|\n)*^>\Z")  # however long the path is
     term.type("\x0cAnd so\r")
     lines = term.until(r"^Reading .*[3-9]\d\d of 15\d\d tokens, .* left$")
     assert [line for line in lines if line.startswith("Reading")] == lines[1:]  # one line, drawn over itself
