@@ -12,7 +12,7 @@ import click
 from selfextend_gguf.evaluation import bench as measure
 from selfextend_gguf.models import TINY_MODEL
 
-from .options import ModelName, at_most_one
+from .options import FLASH_ATTN, ModelName, at_most_one, flash_attn_option
 
 
 @click.command()
@@ -24,7 +24,7 @@ from .options import ModelName, at_most_one
 )
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Measurements; medians are shown.")
 @click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads.")
-@click.option("--flash-attn/--no-flash-attn", default=None, help="Flash attention on both sides [automatic].")
+@flash_attn_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 def bench(
     model: Path | None,
@@ -33,7 +33,7 @@ def bench(
     predict: int,
     repeat: int,
     threads: int | None,
-    flash_attn: bool | None,
+    flash_attn: str,
     as_json: bool,
 ) -> None:
     """Compare time and memory with plain llama.cpp.
@@ -51,7 +51,7 @@ def bench(
         if smollm_135m:
             path = Path(folder) / "smollm-135m-random.gguf"
             measure.write_random_model(path, measure.SMOLLM_135M)
-        result = measure.run(path, length, predict, repeat, threads, flash_attn)
+        result = measure.run(path, length, predict, repeat, threads, FLASH_ATTN[flash_attn])
     if as_json:
         click.echo(json.dumps({"model": path.name, "length": length, "predict": predict} | asdict(result)))
         return

@@ -417,15 +417,18 @@ def _take_grammar(options: dict[str, Any]) -> LlamaGrammar | None:
     return SchemaGrammar(json.dumps({"type": "object"} if wanted == {} else wanted))
 
 
+FLASH_ATTN = {"on": True, "off": False, "auto": None}  #: what `Llama` takes for a value of the option
+flash_attn_option = click.option(
+    "-fa",
+    "--flash-attn",
+    type=click.Choice(list(FLASH_ATTN)),
+    default="auto",
+    show_default=True,
+    help="Flash attention.",
+)
+
 loading_options = _combine(
-    click.option(
-        "-fa",
-        "--flash-attn",
-        type=click.Choice(["on", "off", "auto"]),
-        default="auto",
-        show_default=True,
-        help="Flash attention.",
-    ),
+    flash_attn_option,
     click.option("--mlock", is_flag=True, help="Keep the model in memory, never in swap."),
     click.option("--no-mmap", is_flag=True, help="Read the model file instead of mapping it into memory."),
     click.option("--lora", type=click.Path(path_type=Path), help="LoRA adapter (GGUF) for the model."),
@@ -453,7 +456,7 @@ def take_loading(options: dict[str, Any]) -> dict[str, Any]:
             raise click.UsageError(f"--lora-scaled must be like adapter.gguf:0.5, not {scaled!r}")
     return check_arguments(
         {
-            "flash_attn": {"on": True, "off": False, "auto": None}[options.pop("flash_attn")],
+            "flash_attn": FLASH_ATTN[options.pop("flash_attn")],
             "use_mlock": options.pop("mlock"),
             "use_mmap": not options.pop("no_mmap"),
             "lora_path": path,

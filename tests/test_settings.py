@@ -87,6 +87,12 @@ def test_every_option_can_be_set_in_both_places(settings):
             assert all(name.startswith("SX_GGUF_") for name in option.envvar)
     names = [(variables(path, option)[0], path) for path, command in leaves(main) for option in settable(command)]
     assert len(set(names)) == len({name for name, _ in names})
+    # At the top of the file a setting is for all commands.
+    kinds: dict[str, set[str]] = {}
+    for _, command in leaves(main):
+        for option in settable(command):
+            kinds.setdefault(key_of(option), set()).add(option.type.name.removesuffix(" range"))
+    assert not {key for key, kind in kinds.items() if len(kind) > 1}
     # Lists and switches too; nothing is asked to be what it is not.
     file = settings('json = true\nagainst = ["yarn"]\n[run]\nfile = ["a", "b"]\nlogit-bias = "1+2"\nflash-attn = "on"')
     result = sx_gguf("info", MODEL, SX_GGUF_CONFIG=file)
