@@ -32,7 +32,7 @@ from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context
 
 from .interrupts import deferred_interrupts
-from .line_input import piped_messages, typed_messages
+from .line_input import piped_messages
 from .options import (
     context_option,
     device_options,
@@ -79,6 +79,7 @@ _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 @device_options
 @loading_options
 @prompt_cache_options
+@click.option("--no-history", is_flag=True, help="Leave the file alone that keeps what was typed for the next chat.")
 @verbose_option
 def chat(
     model: Path,
@@ -94,6 +95,7 @@ def chat(
     seed: int,
     prompt_cache: Path | None,
     prompt_cache_ro: Path | None,
+    no_history: bool,
     **options: Any,
 ) -> None:
     """Talk with a model; /help lists the commands.
@@ -129,7 +131,8 @@ def chat(
                 note("The model has no chat template: texts are continued as they are.")
             for document in documents:
                 dialogue.put_before(document)
-            hold(dialogue, is_terminal, verbose=options["verbose"])
+            read = terminal_messages(keeps_history=not no_history) if is_terminal else piped_messages()
+            hold(dialogue, read, is_terminal, verbose=options["verbose"])
         finally:
             cache.save(llm)
             llm.close()
@@ -153,9 +156,21 @@ def open_llama(info: ModelInfo, ctx: int | None, cache: PromptCacheFile, **argum
         return Llama(str(info.path), n_ctx=info.n_ctx_train, model_info=info, **arguments)
 
 
-def hold(dialogue: Dialogue, is_terminal: bool, *, verbose: bool) -> None:
+def terminal_messages(*, keeps_history: bool) -> Callable[[], str]:
+    """Reads what is typed."""
+    from .terminal_input import PATHS, CommandCompleter, history_file, open_history, typed_messages
+
+    completer = CommandCompleter(COMMANDS, dict.fromkeys(("file", "save", "load"), PATHS))
+    try:
+        history = open_history(history_file() if keeps_history else None)
+    except OSError as error:
+        note(f"Warning: what is typed is not kept for the next chat: {error}")
+        history = open_history(None)
+    return typed_messages(completer, history)
+
+
+def hold(dialogue: Dialogue, read: Callable[[], str], is_terminal: bool, *, verbose: bool) -> None:
     """Read messages and commands and do what they ask for, to the end of input."""
-    read = typed_messages() if is_terminal else piped_messages()
     while True:
         try:
             dialogue.handle(read())

@@ -156,7 +156,8 @@ def talk(context: click.Context, model: Path) -> None:
     with chat.make_context("chat", [str(model)], parent=context.parent) as other:
         for option in settable(chat):
             flag, name = f"--{key_of(option)}", option.name
-            if name in other.params and precedence(flag, context) < precedence(flag, other):
+            shared = name in context.params and name in other.params
+            if shared and precedence(flag, context) < precedence(flag, other):
                 other.params[name] = context.params[name]
         chat.invoke(other)
 

@@ -179,6 +179,78 @@ def test_line_editing(terminal, tmp_path):
     assert messages == ["one\ntwo\nthree", "pasted\n/help\ntext", "/slash"]
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, where the history of chats is kept."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("SX_GGUF_NO_HISTORY")
+    return tmp_path
+
+
+def test_messages_are_there_in_the_next_chat(terminal, home):
+    term = terminal("chat", MODEL, "-n", "1")
+    term.type("\x1b[200~one\ntwo\x1b[201~\r")
+    term.until(r"two\n(.|\n)*^>\Z")
+    term.enter("/stats")
+    term.enter("\N{CYRILLIC SMALL LETTER ZHE}")
+    term.type("\x1b[200~" + "long " * 3000 + "\x1b[201~\x03")  # not sent, so not kept
+    term.until(r"long(.|\n)*^>\Z")
+    term.type("\x04")
+    assert term.exit_code() == 0
+    (file,) = [file for file in home.rglob("*") if file.is_file()]
+    assert file.stat().st_mode & 0o077 == 0
+    assert file.read_text().count("\n+") == 4
+
+    term = terminal("chat", MODEL, "-n", "1")
+    for shown in "\N{CYRILLIC SMALL LETTER ZHE}", "/stats", "one\n  two":
+        term.type("\x1b[A")
+        term.until(rf"^> {shown}\Z")
+    term.type("\x03")
+    term.until(r"two(.|\n)*^>\Z")
+    term.enter("/exi")
+    (term := terminal("chat", MODEL, "--no-history")).type("\x1b[A")
+    term.enter("new")
+    assert "new" not in file.read_text()
+
+
+def test_a_history_that_cannot_be_written_is_a_warning(terminal, home):
+    (home / "state").write_text("no folder")
+    (home / "Library").write_text("no folder")
+    term = terminal("chat", MODEL, "-n", "1")
+    assert any(
+        line.startswith("Warning: what is typed is not kept for the next chat: [Errno ") for line in term.lines()
+    )
+    term.enter("hello")
+    term.type("\x1b[A")
+    term.until(r"^> hello\Z")
+
+
+def test_tab_completes_commands_and_paths(terminal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some book.txt").write_text("text")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "c.json").touch()
+    term = terminal("chat", MODEL, "-n", "1")
+    term.type("/fi\tsom\t")
+    term.until(r"^> /file some book\.txt\Z")
+    term.type("\r")
+    term.until(r"^some book\.txt: 4 tokens(.|\n)*^>\Z")
+    for typed, shown in [
+        ("/file --pages 3 so\t", "/file --pages 3 some book.txt"),
+        ("/load fol\t/\t", "/load folder/c.json"),
+        ("/system so\t", "/system so"),
+        ("so\t", "so"),
+        ("//fi\t", "//fi"),
+    ]:
+        term.type(typed)
+        term.until(rf"^> {re.escape(shown)}\Z")
+        term.type("\x03")
+        term.until(r"^>\Z")
+    term.type("/s\t")  # several
+    term.until(r"^/system +/save +/stats")
+
+
 def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
     saved, book = tmp_path / "c.json", tmp_path / "book.txt"
     book.write_text(heldout_text[:1500])
