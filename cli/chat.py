@@ -34,11 +34,14 @@ from selfextend_gguf.planning import PARAMETERS, default_context
 from .interrupts import deferred_interrupts
 from .line_input import piped_messages
 from .options import (
+    LIMIT,
+    UNLIMITED,
     context_option,
     device_options,
     llama_arguments,
     loading_options,
     model_argument,
+    predict_option,
     prompt_cache_options,
     sampling_options,
     self_extend_options,
@@ -71,6 +74,7 @@ _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 @files_option("to put before the first message")
 @pages_option
 @context_option
+@predict_option(None, f", the default; without a chat template {LIMIT}")
 @text_options
 @template_options
 @reasoning_option
@@ -86,7 +90,7 @@ def chat(
     files: tuple[Path, ...],
     pages: Pages | None,
     ctx: int | None,
-    predict: int,
+    predict: int | None,
     batch_size: int,
     raw: bool,
     special: bool,
@@ -124,6 +128,8 @@ def chat(
         try:
             cache.load(llm)
             conversation = Conversation(llm, info, system=system, raw=raw, special=special)
+            if predict is None:
+                predict = LIMIT if conversation.raw else UNLIMITED  # without a template no answer ends by itself
             dialogue = Dialogue(conversation, llm, info, predict, sampling, reasoning)
             if is_terminal:
                 note(f"{model.name}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}). /help for help.")

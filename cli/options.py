@@ -140,23 +140,30 @@ self_extend_options = _combine(
 )
 
 
-def _check_count(_: click.Context, __: click.Parameter, value: int) -> int:
-    if value == 0 or value < UNLIMITED:
+def _check_count(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
+    if value is not None and (value == 0 or value < UNLIMITED):
         raise click.BadParameter(f"{value} is neither a number of tokens nor {UNLIMITED}")
     return value
 
 
 UNLIMITED = -1  #: as -n: until the model ends or the context is full
-text_options = _combine(
-    click.option(
+LIMIT = 256  #: without -n, tokens for an answer of which nobody knows where it ends
+
+
+def predict_option(default: int | None, also: str = "") -> Decorator:
+    """-n. `also` ends its help."""
+    return click.option(
         "-n",
         "--predict",
         type=int,
         callback=_check_count,
-        default=256,
-        show_default=True,
-        help=f"Most tokens to generate for an answer; {UNLIMITED} = until the model ends or the context is full.",
-    ),
+        default=default,
+        show_default=default is not None,
+        help=f"Most tokens to generate for an answer; {UNLIMITED} = until the model ends or the context is full{also}.",
+    )
+
+
+text_options = _combine(
     click.option(
         "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once."
     ),

@@ -23,12 +23,14 @@ from selfextend_gguf.prompt import Prompt, make_prompt
 from .chat import chat
 from .errors import EXIT_INTERRUPTED
 from .options import (
+    LIMIT,
     UNLIMITED,
     at_most_one,
     device_options,
     llama_arguments,
     loading_options,
     model_argument,
+    predict_option,
     prompt_cache_options,
     sampling_options,
     self_extend_options,
@@ -56,6 +58,7 @@ UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is give
 @files_option("to read first; - = standard input")
 @pages_option
 @click.option("-c", "--ctx", type=click.IntRange(1), help="Context in tokens [what prompt and answer need].")
+@predict_option(LIMIT)
 @text_options
 @template_options
 @reasoning_option

@@ -199,6 +199,18 @@ def test_answers_go_on_until_the_model_ends_or_the_context_is_full():
     assert run("-n", "4", "-c", "256").stderr == ""
 
 
+def test_answers_of_chats_end_with_the_model(model: Any):
+    def said(path: str, *flags: str) -> Result:
+        command = ["chat", path, "-t", "1", "-c", "512", "--grammar", f'root ::= "{"a" * 300}"', *flags]
+        return CliRunner().invoke(main, command, input="Hello\n")
+
+    with_template = str(model("bundled-chat"))
+    ends = said(with_template)
+    assert (ends.exit_code, ends.stdout, ends.stderr) == (0, "a" * 300 + "\n", "")
+    assert said(with_template, "-n", "8").stderr == "The answer was cut after 8 tokens (-n).\n"
+    assert said(with_template, "--raw").stdout == said(str(TINY_MODEL)).stdout == "a" * 256 + "\n"
+
+
 def test_chats_go_on_too():
     command = ["chat", str(TINY_MODEL), "-n", "-1", "-t", "1", "-c", "512", "--ignore-eos", "--raw"]
     result = CliRunner().invoke(main, command, input="Hello\n")
