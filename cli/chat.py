@@ -31,6 +31,7 @@ from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context
 
+from .answer_options import KEYS, NAMES, AnswerOptions
 from .interrupts import deferred_interrupts
 from .line_input import piped_messages
 from .options import (
@@ -46,8 +47,6 @@ from .options import (
     sampling_options,
     self_extend_options,
     take_loading,
-    take_more_samplers,
-    take_sampling,
     take_system,
     template_options,
     text_options,
@@ -90,7 +89,6 @@ def chat(
     files: tuple[Path, ...],
     pages: Pages | None,
     ctx: int | None,
-    predict: int | None,
     batch_size: int,
     raw: bool,
     special: bool,
@@ -115,22 +113,19 @@ def chat(
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     system = take_system(options, system)
     loading = take_loading(options)
-    more_samplers = take_more_samplers(options)
     cache = prompt_cache_file(prompt_cache, prompt_cache_ro)
     if STANDARD_INPUT in files:
         raise click.UsageError("standard input is the conversation: give a file with -f, or use run")
     documents = read_documents(files, pages)
     with open_model(model, options, reasoning) as info:
-        sampling = take_sampling(options, info)
+        answers = AnswerOptions(click.get_current_context(), info)
+        arguments = llama_arguments(**{name: value for name, value in options.items() if name not in NAMES})
         # The seed is that of a sequence of answers; given to each answer, it would make /regen repeat itself.
-        llm = open_llama(info, ctx, cache, n_batch=batch_size, seed=seed, **loading, **llama_arguments(**options))
-        llm.more_samplers = more_samplers
+        llm = open_llama(info, ctx, cache, n_batch=batch_size, seed=seed, **loading, **arguments)
         try:
             cache.load(llm)
             conversation = Conversation(llm, info, system=system, raw=raw, special=special)
-            if predict is None:
-                predict = LIMIT if conversation.raw else UNLIMITED  # without a template no answer ends by itself
-            dialogue = Dialogue(conversation, llm, info, predict, sampling, reasoning)
+            dialogue = Dialogue(conversation, llm, info, answers)
             if is_terminal:
                 note(f"{model.name}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}). /help for help.")
             if conversation.raw and not raw:
@@ -164,9 +159,13 @@ def open_llama(info: ModelInfo, ctx: int | None, cache: PromptCacheFile, **argum
 
 def terminal_messages(*, keeps_history: bool) -> Callable[[], str]:
     """Reads what is typed."""
+    from prompt_toolkit.completion import Completer, WordCompleter
+
     from .terminal_input import PATHS, CommandCompleter, history_file, open_history, typed_messages
 
-    completer = CommandCompleter(COMMANDS, dict.fromkeys(("file", "save", "load"), PATHS))
+    arguments: dict[str, Completer] = dict.fromkeys(("file", "save", "load"), PATHS)
+    arguments["set"] = WordCompleter([f"{key} " for key in KEYS], sentence=True)
+    completer = CommandCompleter(COMMANDS, arguments)
     try:
         history = open_history(history_file() if keeps_history else None)
     except OSError as error:
@@ -210,18 +209,15 @@ class Dialogue:
         conversation: Conversation,
         llm: Llama,
         info: ModelInfo,
-        predict: int,
-        sampling: dict[str, Any],
-        reasoning: str,
+        answers: AnswerOptions,
     ) -> None:
         self._conversation = conversation
         self._llm = llm
         self._info = info
-        self._predict = predict
-        self._sampling = sampling
-        self._reasoning = reasoning
+        self._answers = answers
         self._attached: list[str] = []  # texts to put before the next message
         self._timings: Timings | None = None  # of the last answer
+        answers.use_in(llm)
 
     def handle(self, text: str) -> None:
         """Answer a message or carry out a command. Raises EOFError for the command that ends the conversation."""
@@ -236,6 +232,13 @@ class Dialogue:
             command.action(self, argument)
         elif text.strip():
             self.say(text.removeprefix("/"))
+
+    @property
+    def _limit(self) -> int:
+        """Most tokens of an answer."""
+        if self._answers.predict is not None:
+            return self._answers.predict
+        return LIMIT if self._conversation.raw else UNLIMITED  # without a template no answer ends by itself
 
     # ---- messages ------------------------------------------------------------------------------------------------
 
@@ -265,13 +268,13 @@ class Dialogue:
                 show(done, total)
                 check()
 
-            answer = ask(*message, max_tokens=self._predict, on_read=on_read, **self._sampling)
+            answer = ask(*message, max_tokens=self._limit, on_read=on_read, **self._answers.sampling)
             with closing(answer) as pieces:
                 try:
                     with reading_bar(erase=True) as show:
                         first = next(pieces, None)
                     for last in chain([first] if first else [], pieces):
-                        click.echo(shown(last, self._reasoning), nl=False)
+                        click.echo(shown(last, self._answers.reasoning), nl=False)
                         check()
                 except KeyboardInterrupt:
                     if last is None:
@@ -285,13 +288,13 @@ class Dialogue:
         if last is not None and last.fills(self._llm.n_ctx()):
             note(f"The context is full: {_MAKE_ROOM}.")
         elif last is not None and last.finish_reason == "length" and not self._conversation.raw:
-            note(f"The answer was cut after {self._predict} tokens (-n).")  # without a template every answer ends so
+            note(f"The answer was cut after {self._limit} tokens (-n).")  # without a template every answer ends so
 
     # ---- commands ------------------------------------------------------------------------------------------------
 
     def help(self, _: str) -> None:
         for name, command in COMMANDS.items():
-            note(f"{f'/{name} {command.argument}':<16}{command.help}")
+            note(f"{f'/{name} {command.argument}':<24}{command.help}")
         note("A message that begins with a slash: //... A line that ends with a backslash goes on in the next.")
 
     def clear(self, _: str) -> None:
@@ -317,7 +320,7 @@ class Dialogue:
         n_ctx, n_tokens = self._llm.n_ctx(), count([document.text])
         n_taken = count([m["content"] for m in self._conversation.messages]) + count(self._attached)
         if n_taken + n_tokens > n_ctx:
-            room = n_ctx - n_taken - max(self._predict, 0)
+            room = n_ctx - n_taken - max(self._limit, 0)
             fitting = pages_that_fit([document], lambda documents: count(d.text for d in documents), room)
             raise ContextFullError(
                 f"{document.name} has {n_tokens} tokens, {n_taken + n_tokens - n_ctx} too many for the context of "
@@ -330,6 +333,15 @@ class Dialogue:
     def set_system(self, text: str) -> None:
         self._conversation.system = text or None
         note("The system message is set." if text else "There is no system message.")
+
+    def set_option(self, argument: str) -> None:
+        if not argument:
+            note(textwrap.fill(str(self._answers), 100, break_on_hyphens=False, break_long_words=False))
+            return
+        key, *text = argument.split(maxsplit=1)
+        self._answers.set(key, "".join(text))
+        self._answers.use_in(self._llm)
+        note(f"{key}: {text[0] if text else 'the default'}, from the next answer on.")
 
     def save(self, path: str) -> None:
         file = _path(path)
@@ -402,6 +414,11 @@ COMMANDS = {
     "regen": Command("", "Answer the last message anew.", Dialogue.say_again),
     "file": Command("PATH", "Put a document before the next message; of a PDF: --pages 3,10-30 PATH.", Dialogue.attach),
     "system": Command("[TEXT]", "Set the system message, or remove it.", Dialogue.set_system),
+    "set": Command(
+        "[OPTION [VALUE]]",
+        "Change an option of answers, such as temp; without VALUE: to its default.",
+        Dialogue.set_option,
+    ),
     "save": Command("FILE", "Save the conversation, and its cache in FILE.kv.", Dialogue.save),
     "load": Command("FILE", "Go on with a saved conversation.", Dialogue.load),
     "stats": Command("", "Show the cache, the last speeds and the memory.", Dialogue.stats),

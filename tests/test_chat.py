@@ -240,6 +240,7 @@ def test_tab_completes_commands_and_paths(terminal, tmp_path, monkeypatch):
         ("/file --pages 3 so\t", "/file --pages 3 some book.txt"),
         ("/load fol\t/\t", "/load folder/c.json"),
         ("/system so\t", "/system so"),
+        ("/set top-n\t", "/set top-nsigma"),
         ("so\t", "so"),
         ("//fi\t", "//fi"),
     ]:
@@ -248,7 +249,7 @@ def test_tab_completes_commands_and_paths(terminal, tmp_path, monkeypatch):
         term.type("\x03")
         term.until(r"^>\Z")
     term.type("/s\t")  # several
-    term.until(r"^/system +/save +/stats")
+    term.until(r"^/system +/set +/save +/stats")
 
 
 def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
@@ -450,6 +451,13 @@ def test_commands_report_mistakes_in_a_line(tmp_path):
         f"/load {bad}": f"{bad} is no saved conversation: there is no list of messages",
         "/save": "usage: /save FILE",
         f"/save {tmp_path}/none/c.json": f"[Errno 2] No such file or directory: '{tmp_path}/none/c.json'",
+        "/set tempp 1": "no option tempp: /set lists them",
+        "/set temp hot": "Invalid value for '--temp': 'hot' is not a valid float range.",
+        "/set temp nan": "temperature must be a finite number, not nan",
+        "/set n 0": "Invalid value: 0 is neither a number of tokens nor -1",
+        "/set repeat-last-n 99999999999": "last_n_tokens_size must be between 0 and 1073741824, not 99999999999",
+        "/set j {": "'{' is no JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        "/set reasoning off": "Invalid value for '--reasoning': 'off' is not one of 'show', 'hide'.",
         "x" * 1100: "Requested tokens (1100) exceed context window of 1024: /undo, /clear or a larger --ctx make room",
     }
     result = piped("-n", "5", "--temp", "0", lines="\n".join([*mistakes, FACT, QUESTION]))
@@ -500,6 +508,39 @@ def test_help_names_every_command():
 
     lines = piped(lines="/help").stderr.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("/")] == [f"/{name}" for name in COMMANDS]
+
+
+def test_set_changes_how_answers_are_sampled(tmp_path):
+    (tmp_path / "config.toml").write_text("grammar = 'root ::= \"c\"'")
+    lines = [
+        *("hello", '/set grammar root ::= "abc"', "hello"),
+        *("/set -n 2", "hello", "/set n 5", '/set json-schema {"const": 12}', "/set grammar", "hello"),
+        *('/set json-schema {"const": 12}', "hello", "/set json-schema", "/set temp 0", FACT + " " + QUESTION),
+        *("/set logit-bias 65+1000", "hello", "/set logit-bias 65+1000 65-inf 66+900", "hello"),
+    ]
+    environment = {"SX_GGUF_CONFIG": str(tmp_path / "config.toml")}
+    result = CliRunner(env=environment).invoke(main, ["chat", MODEL, "-n", "4"], input="\n".join(lines))
+    assert result.exit_code == 0
+    answers = result.stdout.splitlines()
+    assert answers[:3] == ["c", "abc", "ab"]
+    assert answers[-4:] == ["12", "57901", "AAAAA", "BBBBB"]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
+    assert errors == ["Error: give --grammar or --json-schema, not both"]
+
+
+def test_set_lists_the_options():
+    result = piped("--temp", "0.5", "--ignore-eos", lines="/set\n/set temp 0\n/set ignore-eos\n/set\n")
+    before, after = " ".join(result.stderr.splitlines()).split("ignore-eos: the default")
+    assert "temp 0.5," in before and "ignore-eos True," in before
+    assert "temp 0.0," in after and "ignore-eos," in after
+
+
+def test_setting_a_seed_begins_a_sequence_of_answers():
+    lines = "/set seed 5\nIn the beginning\n/regen\n/set seed 5\n/set temp 1.5\n/regen\n/regen\n"
+    flags = ["-n", "30", "--temp", "1.5", "--raw", "--logit-bias", "10-inf"]  # an answer is a line
+    first, second, *again = piped(*flags, lines=lines).stdout.splitlines()
+    assert again == [first, second]
+    assert first != second
 
 
 def test_a_seed_makes_a_conversation_and_not_each_answer():
