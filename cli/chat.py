@@ -343,6 +343,14 @@ class Dialogue:
         self._answers.use_in(self._llm)
         note(f"{key}: {text[0] if text else 'the default'}, from the next answer on.")
 
+    def copy(self, _: str) -> None:
+        from .clipboard import copy
+
+        if not self._conversation.messages:
+            raise ConversationError("there is no answer to copy")
+        answer = self._conversation.messages[-1]["content"].strip()
+        note(f"{len(answer)} characters copied to {copy(answer)}.")
+
     def save(self, path: str) -> None:
         file = _path(path)
         self._conversation.save(file)
@@ -419,6 +427,7 @@ COMMANDS = {
         "Change an option of answers, such as temp; without VALUE: to its default.",
         Dialogue.set_option,
     ),
+    "copy": Command("", "Copy the last answer to the clipboard.", Dialogue.copy),
     "save": Command("FILE", "Save the conversation, and its cache in FILE.kv.", Dialogue.save),
     "load": Command("FILE", "Go on with a saved conversation.", Dialogue.load),
     "stats": Command("", "Show the cache, the last speeds and the memory.", Dialogue.stats),

@@ -252,6 +252,30 @@ def test_tab_completes_commands_and_paths(terminal, tmp_path, monkeypatch):
     term.until(r"^/system +/set +/save +/stats")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a clipboard")
+def test_copy(terminal, tmp_path, monkeypatch):
+    programs, copied = tmp_path / "bin", tmp_path / "copied"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    (programs / "xclip").write_text(f"#!/bin/sh\ncat > {copied}\n")
+    (programs / "xclip").chmod(0o755)
+    answer = ["chat", MODEL, "-n", "5", "--temp", "0"]
+    term = terminal(*answer)
+    term.enter(FACT + " " + QUESTION)
+    assert term.enter("/copy")[-2] == "5 characters copied to the clipboard."
+    assert copied.read_text() == "57901"
+
+    monkeypatch.delenv("DISPLAY")
+    term = terminal(*answer)
+    term.enter(FACT + " " + QUESTION)
+    assert term.enter("/copy")[-2].startswith("5 characters copied to the terminal's clipboard")
+    assert "\x1b]52;c;NTc5MDE=\a" in term.received
+    result = piped("-n", "1", lines="hello\n/copy\n")
+    assert result.stderr.endswith("Error: there is no clipboard: this is no terminal, and no xclip or wl-copy\n")
+
+
 def test_ctrl_c_stops_an_answer_and_a_reading(terminal, tmp_path, heldout_text):
     saved, book = tmp_path / "c.json", tmp_path / "book.txt"
     book.write_text(heldout_text[:1500])
@@ -444,6 +468,7 @@ def test_commands_report_mistakes_in_a_line(tmp_path):
         "/undo": "there is nothing to take back",
         "/regen": "there is no message to answer",
         "/undo 3": "usage: /undo",
+        "/copy": "there is no answer to copy",
         "/file": "usage: /file PATH",
         "/file no-such-file": "[Errno 2] No such file or directory: 'no-such-file'",
         "/file ~nobody-of-that-name/x": "[Errno 2] No such file or directory: '~nobody-of-that-name/x'",
