@@ -32,6 +32,7 @@ from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context
 
 from .answer_options import KEYS, NAMES, AnswerOptions
+from .colours import coloured
 from .interrupts import deferred_interrupts
 from .line_input import piped_messages
 from .options import (
@@ -141,7 +142,9 @@ def chat(
 
 def note(text: str) -> None:
     """Tell something beside the conversation."""
-    click.echo(text, err=True)
+    word, colon, rest = text.partition(":")
+    colour = {"Error": "red", "Warning": "yellow"}.get(word)
+    click.echo(coloured(word + colon, fg=colour) + rest if colour else coloured(text, dim=True), err=True)
 
 
 def open_llama(info: ModelInfo, ctx: int | None, cache: PromptCacheFile, **arguments: Any) -> Llama:

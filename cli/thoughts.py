@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.prompt import always_thinks
 from selfextend_gguf.reasoning import OFF
 
+from .colours import coloured
 from .options import take_template
 
 reasoning_option = click.option(
@@ -41,6 +41,4 @@ def shown(piece: Piece, reasoning: str) -> str:
         return piece.text
     if reasoning != "show":
         return ""
-    # click takes the colour out where standard output is no terminal.
-    has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return click.style(piece.text, dim=True) if has_colours and piece.text else piece.text
+    return coloured(piece.text, dim=True)

@@ -368,6 +368,15 @@ def test_thoughts_on_a_terminal(terminal, tmp_path, monkeypatch, flags, colours,
     assert term.exit_code() == 0
 
 
+@pytest.mark.parametrize(("no_color", "error"), [("", "\x1b[31mError:\x1b[0m"), ("1", "Error:")])
+def test_notes_on_a_terminal_are_coloured_unless_the_user_wants_none(terminal, monkeypatch, no_color, error):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    term = terminal("chat", MODEL, "-n", "1")
+    assert term.enter("/undo")[-2] == "Error: there is nothing to take back"
+    assert (NO_TEMPLATE in dimmed(term.received)) == (not no_color)
+    assert f"{error} there is nothing" in term.received
+
+
 def test_thoughts_of_run_on_a_terminal(tmp_path):
     (tmp_path / "t").write_text(THINKING)
     options = ["-t", "1", "--chat-template", str(tmp_path / "t"), "--grammar", THOUGHT]
