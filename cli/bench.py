@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from selfextend_gguf.evaluation import bench as measure
+from selfextend_gguf.evaluation.bench import BenchResult
 from selfextend_gguf.models import TINY_MODEL
 
 from .options import FLASH_ATTN, ModelName, at_most_one, flash_attn_option
@@ -25,7 +29,15 @@ from .options import FLASH_ATTN, ModelName, at_most_one, flash_attn_option
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Measurements; medians are shown.")
 @click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads.")
 @flash_attn_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["text", "md", "csv", "json"]),
+    default="text",
+    show_default=True,
+    help="How the numbers are printed: a text, a Markdown or CSV table, a JSON record.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
 def bench(
     model: Path | None,
     smollm_135m: bool,
@@ -34,6 +46,7 @@ def bench(
     repeat: int,
     threads: int | None,
     flash_attn: str,
+    output: str,
     as_json: bool,
 ) -> None:
     """Compare time and memory with plain llama.cpp.
@@ -52,11 +65,35 @@ def bench(
             path = Path(folder) / "smollm-135m-random.gguf"
             measure.write_random_model(path, measure.SMOLLM_135M)
         result = measure.run(path, length, predict, repeat, threads, FLASH_ATTN[flash_attn])
-    if as_json:
+    if as_json or output == "json":
         click.echo(json.dumps({"model": path.name, "length": length, "predict": predict} | asdict(result)))
-        return
+    elif output == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *rows(result, path.name, length, predict)])
+    elif output == "md":
+        click.echo("| " + " | ".join(COLUMNS) + " |")
+        click.echo("|---|---|---:|---:|---:|---|")
+        for row in rows(result, path.name, length, predict):
+            click.echo("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row) + " |")
+    else:
+        show(result, path.name, length, predict, repeat)
+
+
+COLUMNS = ("model", "measured", "Self-Extend", "llama.cpp", "ratio", "unit")
+
+
+def rows(result: BenchResult, model: str, length: int, predict: int) -> Iterator[tuple[str | float, ...]]:
+    """The lines of a table of `COLUMNS`; "" where there is nothing to compare with."""
+    for name, ratio in ((f"read {length} tokens", result.read), (f"then {predict} one by one", result.generate)):
+        yield model, name, ratio.extended_seconds, ratio.plain_seconds, ratio.ratio, "s"
+    yield model, "or from a prompt cache", result.resume_seconds, "", "", "s"
+    peaks = result.extended_peak / 2**20, result.plain_peak / 2**20
+    yield model, "peak memory", *peaks, peaks[0] / peaks[1], "MiB"
+
+
+def show(result: BenchResult, model: str, length: int, predict: int, repeat: int) -> None:
+    """The numbers as a text."""
     click.echo(
-        f"{path.name}, {length} tokens, medians of {repeat}, interleaved, "
+        f"{model}, {length} tokens, medians of {repeat}, interleaved, "
         f"flash attention {'on' if result.flash_attn else 'off'}"
     )
     click.echo(f"{'':<28}{'Self-Extend':>14}{'llama.cpp':>14}{'ratio':>8}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pty
@@ -493,6 +494,20 @@ def test_bench_reports_ratios():
         )
     assert numbers["extended_peak"] > 2**20
     assert 0 < numbers["resume_seconds"] < numbers["read"]["extended_seconds"]
+
+
+def test_bench_prints_tables():
+    flags = ("bench", "--length", "512", "-n", "1", "--repeat", "1", "-t", "1", "-o")
+    table = list(csv.DictReader(invoke(*flags, "csv").stdout.splitlines()))
+    names = ["read 512 tokens", "then 1 one by one", "or from a prompt cache", "peak memory"]
+    assert [row["measured"] for row in table] == names
+    for row in (table[0], table[1], table[3]):
+        assert float(row["ratio"]) == pytest.approx(float(row["Self-Extend"]) / float(row["llama.cpp"]))
+    assert {row["model"] for row in table} == {TINY_MODEL.name}
+    head, line, *rows = [row.split("|")[1:-1] for row in invoke(*flags, "md").stdout.splitlines()]
+    assert [cell.strip() for cell in head] == list(table[0])
+    assert all(set(cell) <= set("-:") for cell in line)
+    assert [row[1].strip() for row in rows] == names
 
 
 @pytest.mark.parametrize("name", SHAPES)
