@@ -23,7 +23,7 @@ from selfextend_gguf.chat_schemas import SchemaGrammar
 from selfextend_gguf.errors import ConfigError, TemplateError
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.model_info import ModelInfo
-from selfextend_gguf.more_samplers import MoreSamplers
+from selfextend_gguf.more_samplers import SAMPLERS, MoreSamplers
 from selfextend_gguf.planning import PARAMETERS, TIMES_TRAINED, check_parameters
 from selfextend_gguf.sampling import end_tokens
 from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
@@ -350,6 +350,12 @@ sampling_options = _combine(
         help='Text that ends repetitions, several times; none = no such text [a line break, :, ", *].',
     ),
     click.option(
+        "--samplers",
+        metavar="A;B;...",
+        default=";".join(SAMPLERS),
+        help=f"Samplers to apply, in this order [{'; '.join(SAMPLERS)}].",
+    ),
+    click.option(
         "--logit-bias",
         multiple=True,
         metavar="TOKEN+BIAS",
@@ -387,6 +393,7 @@ def take_sampling(options: dict[str, Any], info: ModelInfo) -> dict[str, Any]:
 def take_more_samplers(options: dict[str, Any]) -> MoreSamplers:
     """Move the values of the other `sampling_options` into what `Llama.more_samplers` can be. ConfigError."""
     values = {field.name: options.pop(field.name) for field in fields(MoreSamplers)}
+    values["samplers"] = [name.strip() for name in values["samplers"].split(";") if name.strip()]
     breakers = values.pop("dry_sequence_breakers")
     if breakers:
         values["dry_sequence_breakers"] = [] if breakers == ("none",) else breakers

@@ -56,23 +56,34 @@ class Chained(llama_cpp.Llama):
     def __init__(self, **numbers: Any) -> None:
         super().__init__(str(TINY_MODEL), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
         self.numbers = SimpleNamespace(
-            **{"temp": 0.8, "dry": (0.0, 1.75, 2, 512), "top_n_sigma": -1.0, "xtc": (0.0, 0.1), "dynatemp": (0.0, 1.0)}
+            **{
+                "temp": 0.8,
+                "dry": (0.0, 1.75, 2, 512),
+                "top_n_sigma": -1.0,
+                "xtc": (0.0, 0.1),
+                "dynatemp": (0.0, 1.0),
+                "order": None,
+            }
             | numbers
         )
 
     def _init_sampler(self, **_: Any) -> internals.LlamaSampler:
         numbers, sampler = self.numbers, internals.LlamaSampler()
-        sampler.add_dry(self._model, *numbers.dry, ["\n", ":", '"', "*"])
+        add = {
+            "dry": lambda: sampler.add_dry(self._model, *numbers.dry, ["\n", ":", '"', "*"]),
+            "top_n_sigma": lambda: sampler.add_top_n_sigma(numbers.top_n_sigma),
+            "top_k": lambda: sampler.add_top_k(40),
+            "top_p": lambda: sampler.add_top_p(0.95, 1),
+            "min_p": lambda: sampler.add_min_p(0.05, 1),
+            "xtc": lambda: sampler.add_xtc(*numbers.xtc, 1, self._seed),
+            "temperature": lambda: sampler.add_temp_ext(numbers.temp, *numbers.dynatemp),
+        }
+        for name in ("dry",) if numbers.temp == 0 else numbers.order or add:
+            add[name]()
         if numbers.temp == 0:
             sampler.add_greedy()
-            return sampler
-        sampler.add_top_n_sigma(numbers.top_n_sigma)
-        sampler.add_top_k(40)
-        sampler.add_top_p(0.95, 1)
-        sampler.add_min_p(0.05, 1)
-        sampler.add_xtc(*numbers.xtc, 1, self._seed)
-        sampler.add_temp_ext(numbers.temp, *numbers.dynatemp)
-        sampler.add_dist(self._seed)
+        else:
+            sampler.add_dist(self._seed)
         return sampler
 
 
@@ -86,6 +97,15 @@ class Chained(llama_cpp.Llama):
         (["--dry-multiplier", "3", "--dry-base", "2", "--dry-allowed-length", "1"], {"dry": (3.0, 2.0, 1, 512)}),
         (["--dry-multiplier", "9", "--dry-penalty-last-n", "40", *GREEDY], {"dry": (9.0, 1.75, 2, 40), "temp": 0}),
         (["--dry-multiplier", "9", *GREEDY], {"dry": (9.0, 1.75, 2, 512), "temp": 0}),
+        (["--temp", "3", "--samplers", "temp;top-k;top_p"], {"temp": 3.0, "order": ("temperature", "top_k", "top_p")}),
+        (
+            ["--temp", "3", "--samplers", "top_p;temperature;min_p"],
+            {"temp": 3.0, "order": ("top_p", "temperature", "min_p")},
+        ),
+        (
+            ["--temp", "3", "--samplers", "xtc;top_k", "--xtc-probability", "1"],
+            {"xtc": (1.0, 0.1), "order": ("xtc", "top_k")},
+        ),
     ],
 )
 def test_more_samplers_are_llama_cpps_own(flags: list[str], numbers: dict[str, Any]):
@@ -108,6 +128,8 @@ def test_more_samplers_beside_a_grammar_and_a_schema():
     assert json.loads(text(*flags, "-j", '{"enum": ["left", "right"]}')) in ("left", "right")
     assert text(*flags, "-n", "8", "--logit-bias", "65+1000") == "A" * 8  # a few more, and the repetition is broken
     assert text(*flags, "--mirostat", "2")
+    assert set(text("--samplers", "xtc;temp;dry", "--grammar", "root ::= [ab]*", *flags)) <= set("ab")
+    assert text("--samplers", "", *GREEDY) == text(*GREEDY)
 
 
 def test_a_bias_and_no_end():
@@ -168,6 +190,8 @@ def test_a_grammar_that_is_none():
         (["--xtc-threshold", "2"], "--xtc-threshold"),
         (["--dynatemp-exp", "inf"], "dynatemp_exponent"),
         (["--dry-base", "1e40"], "dry_base"),
+        (["--samplers", "top_k;top_q"], "samplers: there is no 'top_q', but penalties, dry"),
+        (["--samplers", "temp;temperature"], "samplers names temperature twice"),
         (["--dry-penalty-last-n", "9999999999"], "dry_penalty_last_n"),
         (["--grammar", "a", "-j", "{}"], "not both"),
         (["-j", "{"], "no JSON"),
