@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -445,8 +445,13 @@ loading_options = _combine(
     flash_attn_option,
     click.option("--mlock", is_flag=True, help="Keep the model in memory, never in swap."),
     click.option("--no-mmap", is_flag=True, help="Read the model file instead of mapping it into memory."),
-    click.option("--lora", type=click.Path(path_type=Path), help="LoRA adapter (GGUF) for the model."),
-    click.option("--lora-scaled", metavar="FILE:SCALE", help="The same, with a factor."),
+    click.option(
+        "--lora",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        help="LoRA adapter (GGUF) for the model; may be given several times.",
+    ),
+    click.option("--lora-scaled", metavar="FILE:SCALE", multiple=True, help="The same, with a factor."),
     click.option(
         "--draft",
         type=click.Choice(["lookup"]),
@@ -457,28 +462,33 @@ loading_options = _combine(
 
 def take_loading(options: dict[str, Any]) -> dict[str, Any]:
     """Move the values of `loading_options` and --repeat-last-n into arguments of our `Llama`. ConfigError."""
-    values = {"--lora": options.pop("lora"), "--lora-scaled": options.pop("lora_scaled")}
-    lora, scaled = at_most_one(values).values()
-    path, scale = (None if lora is None else str(lora)), 1.0
-    if scaled is not None:
-        path, _, factor = scaled.rpartition(":")
-        try:
-            scale = float(factor)
-        except ValueError:
-            path = ""
-        if not path:
-            raise click.UsageError(f"--lora-scaled must be like adapter.gguf:0.5, not {scaled!r}")
     return check_arguments(
         {
             "flash_attn": FLASH_ATTN[options.pop("flash_attn")],
             "use_mlock": options.pop("mlock"),
             "use_mmap": not options.pop("no_mmap"),
-            "lora_path": path,
-            "lora_scale": scale,
+            "adapters": _adapters(options.pop("lora"), options.pop("lora_scaled")),
             "last_n_tokens_size": options.pop("repeat_last_n"),
             "draft_model": LlamaPromptLookupDecoding() if options.pop("draft") else None,
         }
     )
+
+
+def _adapters(plain: Sequence[Path], scaled: Sequence[str]) -> dict[str, float]:
+    """Scales by paths. UsageError."""
+    pairs = [(str(path), 1.0) for path in plain]
+    for text in scaled:
+        path, _, factor = text.rpartition(":")
+        try:
+            pairs.append((path, float(factor)))
+        except ValueError:
+            path = ""
+        if not path:
+            raise click.UsageError(f"--lora-scaled must be like adapter.gguf:0.5, not {text!r}")
+    adapters = dict(pairs)
+    if len(adapters) < len(pairs):
+        raise click.UsageError("an adapter is given twice")
+    return adapters
 
 
 pretend_option = click.option(

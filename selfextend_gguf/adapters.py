@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llama_cpp
@@ -12,6 +13,13 @@ import llama_cpp._internals as internals
 from selfextend_gguf._native import last_error, note_log_errors
 from selfextend_gguf.errors import EngineError, ModelFileError
 from selfextend_gguf.model_info import check_is_gguf
+
+
+def adapters_of(
+    lora_path: str | None = None, lora_scale: float = 1.0, adapters: Mapping[str, float] | None = None, **_: Any
+) -> dict[str, float]:
+    """The scales of all adapters among the arguments of our `Llama`, by their paths."""
+    return ({lora_path: lora_scale} if lora_path else {}) | dict(adapters or {})
 
 
 def load_adapter(model: internals.LlamaModel, path: str) -> Any:
@@ -28,9 +36,9 @@ def load_adapter(model: internals.LlamaModel, path: str) -> Any:
     return adapter
 
 
-def set_adapter(context: internals.LlamaContext, adapter: Any, scale: float) -> None:
-    """Let a context use an adapter. Raises EngineError."""
-    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
-    scales = (ctypes.c_float * 1)(scale)
-    if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales) != 0:
-        raise EngineError("llama.cpp could not set the LoRA adapter")
+def set_adapters(context: internals.LlamaContext, adapters: Sequence[tuple[Any, float]]) -> None:
+    """Let a context use adapters, each with its scale. Raises EngineError."""
+    pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(adapters))(*(adapter for adapter, _ in adapters))
+    scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+    if llama_cpp.llama_set_adapters_lora(context.ctx, pointers, len(adapters), scales) != 0:
+        raise EngineError("llama.cpp could not set the LoRA adapters")

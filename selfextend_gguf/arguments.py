@@ -78,6 +78,12 @@ def _override_text(name: str, value: Any) -> str:
     return str(value)
 
 
+def _adapters(name: str, value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a dictionary, not {shown(value)}")
+    return {path(f"a key of {name}", file): real_number(f"{name}[{file!r}]", scale) for file, scale in value.items()}
+
+
 def _numa(name: str, value: Any) -> bool | int:
     return value if isinstance(value, bool) else whole_number(name, value, 0, llama_cpp.GGML_NUMA_STRATEGY_MIRROR)
 
@@ -129,6 +135,7 @@ CHECKS: dict[str, Check] = {
     "lora_base": optional(path),
     "lora_scale": real(),
     "lora_path": optional(path),
+    "adapters": optional(_adapters),
     "flash_attn": optional(truth),
     "numa": _numa,
     "chat_format": optional(text),

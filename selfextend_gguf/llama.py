@@ -21,6 +21,7 @@ from selfextend_gguf._native import (
     RewriteStats,
     schedule_step,
 )
+from selfextend_gguf.adapters import adapters_of
 from selfextend_gguf.arguments import check_arguments
 from selfextend_gguf.checks import path as check_path
 from selfextend_gguf.checks import shown, whole_number
@@ -115,6 +116,7 @@ class Llama(SafeLlama):
             block_size: Steps, in tokens, in which the boundary of the grouped keys moves.
             schedule: One of `schedule.SCHEDULES`: "selfextend", "paper", "adagrope", "rerope", "leaky-rerope".
             model_info: The same file, if it is open already: it is not opened once more.
+            adapters: Scales of LoRA adapters by their paths, beside `lora_path` with its `lora_scale`.
             kwargs: All other arguments of `llama_cpp.Llama`. Its `seed` is the same in every process unless another
                 is given, and so are the answers: give one for answers that differ, here or to each completion.
 
@@ -136,8 +138,8 @@ class Llama(SafeLlama):
         self._engine: Engine | None = None
         if not isinstance(model_info, ModelInfo | None):
             raise ConfigError(f"model_info must be a ModelInfo, not {shown(model_info)}")
-        if arguments.get("lora_path"):
-            check_is_gguf(arguments["lora_path"])
+        for adapter in adapters_of(**arguments):
+            check_is_gguf(adapter)
         with contextlib.ExitStack() as opened:
             info = model_info or opened.enter_context(
                 ModelInfo(arguments["model_path"], kv_overrides=arguments.get("kv_overrides"))
@@ -390,7 +392,7 @@ class Llama(SafeLlama):
         metadata = self.metadata
         original = metadata.get(f"{metadata.get('general.architecture')}.rope.scaling.original_context_length")
         others = {
-            "lora": [str(self.lora_path), self.lora_scale] if self.lora_path else None,
+            "lora": sorted(map(list, adapters_of(self.lora_path, self.lora_scale, self.adapters).items())) or None,
             "kv_overrides": repr(self.kv_overrides) if self.kv_overrides else None,
             # LongRoPE has two sets of factors; llama.cpp chooses by the size of the context.
             "long_factors": original is not None and self._n_ctx > int(original),
@@ -401,5 +403,7 @@ class Llama(SafeLlama):
         state: dict[str, Any] = super().__getstate__()
         if isinstance(self.draft_model, StepLimitedDraft):
             state["draft_model"] = self.draft_model.draft_model
-        state.update(self._plan_arguments, flash_attn=self._flash_attn, n_ctx=self._wanted_n_ctx)
+        state.update(
+            self._plan_arguments, adapters=self.adapters, flash_attn=self._flash_attn, n_ctx=self._wanted_n_ctx
+        )
         return state

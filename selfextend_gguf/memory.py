@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from selfextend_gguf.adapters import adapters_of
 from selfextend_gguf.errors import MemoryTightWarning, NotEnoughMemoryError
 from selfextend_gguf.kv_cache import KV_TYPES, kv_cache_bytes, per_layer
 from selfextend_gguf.model_info import ModelInfo, SplitName
@@ -103,11 +104,11 @@ def weights_bytes(path: Path) -> int:
 def demand_of(info: ModelInfo, n_ctx: int, n_batch: int, *, flash_attn: bool | None = None, **arguments: Any) -> Demand:
     """What `Llama` would ask for with these arguments; n_ctx 0 = the trained context."""
     type_k, type_v = (KV_TYPES["f16"] if t is None else t for t in map(arguments.get, ("type_k", "type_v")))
-    lora_path, n_ubatch = arguments.get("lora_path"), arguments.get("n_ubatch", _LARGEST_STEP)
+    n_ubatch = arguments.get("n_ubatch", _LARGEST_STEP)
     keeps_logits, embedding = bool(arguments.get("logits_all")), bool(arguments.get("embedding"))
     return Demand(
         metadata=info.metadata,
-        weights=weights_bytes(info.path) + (Path(lora_path).stat().st_size if lora_path else 0),
+        weights=weights_bytes(info.path) + sum(Path(path).stat().st_size for path in adapters_of(**arguments)),
         n_ctx=n_ctx or info.n_ctx_train,
         n_batch=n_batch,
         type_k=type_k,

@@ -27,7 +27,7 @@ from selfextend_gguf._native import (
     note_log_errors,
     raise_interrupt,
 )
-from selfextend_gguf.adapters import load_adapter, set_adapter
+from selfextend_gguf.adapters import adapters_of, load_adapter, set_adapters
 from selfextend_gguf.chat_schemas import SchemaGrammar, json_format, wanted_schemas
 from selfextend_gguf.checks import check_all, shown, whole_number
 from selfextend_gguf.checks import seed as check_seed
@@ -114,6 +114,7 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         flash_attn: bool | None,
         lora_path: str | None = None,
         lora_scale: float = 1.0,
+        adapters: Mapping[str, float] | None = None,
         **arguments: Any,
     ) -> None:
         """Load weights, make a context and adapt it."""
@@ -142,11 +143,13 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
             make_safe(owner)
         self._take_templates(arguments.get("chat_format"), arguments.get("chat_handler"))
         self._take_texts_as_texts()
-        if lora_path:
-            self.lora_path, self.lora_scale = lora_path, lora_scale
-            adapter = load_adapter(self._model, lora_path)
-            self._stack.callback(llama_cpp.llama_adapter_lora_free, adapter)
-            set_adapter(self._ctx, adapter, lora_scale)
+        self.lora_path, self.lora_scale, self.adapters = lora_path, lora_scale, adapters
+        loaded = []
+        for path, scale in adapters_of(lora_path, lora_scale, adapters).items():
+            loaded.append((load_adapter(self._model, path), scale))
+            self._stack.callback(llama_cpp.llama_adapter_lora_free, loaded[-1][0])
+        if loaded:
+            set_adapters(self._ctx, loaded)
 
     # llama_cpp.Llama.__init__ loads the model, then creates the context from `context_params` in one go. The
     # assignment of `_model` is the moment between the two: the callback can be set.

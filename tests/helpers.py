@@ -77,13 +77,15 @@ def logits_of_parts(
     return reference.logits(tokens, steps, lambda n0, n1: schedule_positions(configs[n0], n0, n1))
 
 
-def write_adapter(path: Path, *, arch: str = "llama", tensor: str = "blk.0.attn_k.weight", n_in: int = 192) -> Path:
+def write_adapter(
+    path: Path, *, arch: str = "llama", tensor: str = "blk.0.attn_k.weight", n_in: int = 192, seed: int = 0
+) -> Path:
     """A LoRA adapter of rank 4 for the bundled model's first keys."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 4.0)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name, shape in (("lora_a", (4, n_in)), ("lora_b", (64, 4))):
         writer.add_tensor(f"{tensor}.{name}", 0.3 * rng.standard_normal(shape, np.float32))
     writer.write_header_to_file()

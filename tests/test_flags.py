@@ -11,6 +11,7 @@ import llama_cpp
 import llama_cpp._internals as internals
 import pytest
 from click.testing import CliRunner, Result
+from helpers import write_adapter
 
 from selfextend_gguf.cli import main
 from selfextend_gguf.models import TINY_MODEL
@@ -167,6 +168,14 @@ def test_a_system_message_from_a_file(tmp_path: Path):
     assert n_read("-sysf", str(tmp_path / "system")) == n_read("--system", "You are a poet.") > n_read()
 
 
+def test_adapters(tmp_path: Path):
+    first, same = (str(write_adapter(tmp_path / name)) for name in ("a", "b:c"))
+    changed = text(*GREEDY, "--lora-scaled", f"{first}:4")
+    assert changed != text(*GREEDY)
+    assert text(*GREEDY, "--lora-scaled", f"{first}:3", "--lora", same) == changed
+    assert text(*GREEDY, "--lora-scaled", f"{first}:3", "--lora-scaled", f"{same}:-3") == text(*GREEDY)
+
+
 def test_chat_takes_the_same_flags():
     command = ["chat", str(TINY_MODEL), "-n", "8", "-t", "1", "-c", "256", "--grammar", 'root ::= "so be it"']
     assert "so be it" in CliRunner().invoke(main, command, input="Hello\n").stdout
@@ -198,7 +207,9 @@ def test_a_grammar_that_is_none():
         (["-jf", "/nowhere"], "/nowhere"),
         (["--lora", "/nowhere"], "/nowhere"),
         (["--lora-scaled", "adapter.gguf"], "--lora-scaled must be like"),
-        (["--lora-scaled", "adapter.gguf:nan"], "lora_scale"),
+        (["--lora-scaled", "adapter.gguf:nan"], "adapters['adapter.gguf'] must be a finite number, not nan"),
+        (["--lora", "a", "--lora-scaled", "a:2"], "an adapter is given twice"),
+        (["--lora-scaled", ":2"], "--lora-scaled must be like"),
         (["--draft", "other"], "--draft"),
         (["--system", "a", "-sysf", "b"], "not both"),
     ],

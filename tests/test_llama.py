@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -415,6 +416,35 @@ def test_an_adapter_is_used_and_counts_as_another_model(tmp_path):
     long = Llama(str(TINY_MODEL), n_ctx=1024, verbose=False, lora_path=path)
     long.eval(random_tokens(700))
     assert long.rewrite_stats.n_rewrites > 0
+
+
+def test_adapters_add_up(tmp_path):
+    files = [str(write_adapter(tmp_path / f"{n}.gguf", seed=seed)) for n, seed in enumerate((0, 0, 1))]
+    first, same, other = files
+    arguments = {"n_ctx": 256, "flash_attn": False, "logits_all": True, "verbose": False}
+    tokens = random_tokens(60)
+
+    def logits(**adapters: object) -> np.ndarray:
+        with contextlib.closing(Llama(str(TINY_MODEL), **arguments, **adapters)) as llm:
+            llm.eval(tokens)
+            return llm.scores[:60].copy()
+
+    plain, twice = logits(), logits(lora_path=first, lora_scale=2.0)
+    # B A x + B A x = 2 B A x, and B A x - B A x = 0
+    assert relative_error(logits(adapters={first: 1, same: 1}), twice) < 1e-4
+    assert relative_error(logits(lora_path=first, adapters={same: -1}), plain) < 1e-4
+    both = logits(adapters={first: 2, other: 2})
+    assert relative_error(both, twice) > 0.05
+    assert relative_error(both, logits(adapters={other: 2})) > 0.05
+    assert np.array_equal(both, logits(adapters={other: 2, first: 2}))
+
+    llm = Llama(str(TINY_MODEL), **arguments, adapters={first: 2, other: 2})
+    copy = pickle.loads(pickle.dumps(llm))
+    copy.eval(tokens)
+    assert np.array_equal(copy.scores[:60], both)
+    llm.eval(tokens)
+    with pytest.raises(ForeignPromptCacheError):
+        Llama(str(TINY_MODEL), **arguments, adapters={first: 2}).restore_prompt(llm.copy_prompt())
 
 
 def test_a_middle_part_cannot_be_removed():

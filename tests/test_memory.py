@@ -100,11 +100,14 @@ def test_gemma_3_with_all_logits_is_refused(monkeypatch):
 
 
 def test_what_else_is_counted(tmp_path):
-    adapter = write_adapter(tmp_path / "adapter.gguf")
+    adapter, second = (write_adapter(tmp_path / name) for name in ("adapter.gguf", "second.gguf"))
     with ModelInfo(TINY_MODEL) as info:
         plain = memory.demand_of(info, 4096, 512)
         assert memory.demand_of(info, 4096, 512, lora_path=str(adapter)).weights == (
             plain.weights + adapter.stat().st_size
+        )
+        assert memory.demand_of(info, 4096, 512, lora_path=str(adapter), adapters={str(second): 1.0}).weights == (
+            plain.weights + 2 * adapter.stat().st_size
         )
         assert memory.demand_of(info, 4096, 2048, n_ubatch=2048).compute == pytest.approx(4 * plain.compute)
         # One page for each token of a batch, whose list of sequences is as long as the context.
