@@ -64,7 +64,7 @@ from .texts import (
     pages_that_fit,
     read_documents,
 )
-from .thoughts import open_model, reasoning_option, shown
+from .thoughts import answer_printer, open_model, reasoning_option
 
 _MAKE_ROOM = "/undo, /clear or a larger --ctx make room"
 
@@ -276,9 +276,10 @@ class Dialogue:
                 try:
                     with reading_bar(erase=True) as show:
                         first = next(pieces, None)
-                    for last in chain([first] if first else [], pieces):
-                        click.echo(shown(last, self._answers.reasoning), nl=False)
-                        check()
+                    with answer_printer(self._answers.reasoning) as print_piece:
+                        for last in chain([first] if first else [], pieces):
+                            print_piece(last)
+                            check()
                 except KeyboardInterrupt:
                     if last is None:
                         left = "the message is taken back" if message else "the answer stays"

@@ -46,7 +46,7 @@ from .progress import note_on_terminal, reading_bar
 from .prompt_cache import PromptCacheFile, prompt_cache_file
 from .settings import key_of, precedence, settable
 from .texts import STANDARD_INPUT, advice_on_length, combine, describe, files_option, pages_option, read_documents
-from .thoughts import open_model, reasoning_option, shown
+from .thoughts import answer_printer, open_model, reasoning_option
 
 UNLIMITED_ROOM = 4096  # tokens for an answer of -n -1, where no context is given
 
@@ -190,10 +190,11 @@ def print_answer(
 
             pieces = stream_completion(llm, prompt, max_tokens=max_tokens, on_read=on_read, **sampling)
             first = next(pieces, None)
-        for piece in chain([first] if first else [], pieces):
-            answer.append(piece)
-            if echo:
-                click.echo(shown(piece, reasoning), nl=False)
+        with answer_printer(reasoning) as print_piece:
+            for piece in chain([first] if first else [], pieces):
+                answer.append(piece)
+                if echo:
+                    print_piece(piece)
     except KeyboardInterrupt:
         if is_read:
             click.echo("\nInterrupted while generating.", err=True)

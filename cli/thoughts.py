@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from selfextend_gguf.reasoning import OFF
 
 from .colours import coloured
 from .options import take_template
+from .progress import status_line
 
 reasoning_option = click.option(
     "--reasoning",
@@ -33,6 +36,24 @@ def open_model(path: Path, options: dict[str, Any], reasoning: str) -> ModelInfo
     if reasoning == "off" and always_thinks(info):
         click.echo("Warning: the chat template cannot switch thinking off; what the model thinks is hidden", err=True)
     return info
+
+
+@contextmanager
+def answer_printer(reasoning: str) -> Iterator[Callable[[Piece], None]]:
+    """Prints the pieces of an answer; while thoughts are hidden, a line on a terminal says that there are some."""
+    with ExitStack() as line:
+        say: Callable[[str], None] | None = None
+
+        def show(piece: Piece) -> None:
+            nonlocal say
+            if text := shown(piece, reasoning):
+                line.close()
+                click.echo(text, nl=False)
+            elif piece.kind == "thought" and piece.text:
+                say = say or line.enter_context(status_line())
+                say(coloured(f"Thinking ... {piece.timings.generated_tokens} tokens", dim=True))
+
+        yield show
 
 
 def shown(piece: Piece, reasoning: str) -> str:

@@ -361,7 +361,8 @@ def test_thoughts_on_a_terminal(terminal, tmp_path, monkeypatch, flags, colours,
     term = terminal("chat", MODEL, *options)
     n_before = len(term.received)
     assert term.enter("What?")[-3:] == ["> What?", answer, ">"]
-    assert dimmed(term.received[n_before:]) == dim
+    assert re.sub(r"Thinking \.\.\. \d+ tokens", "", dimmed(term.received[n_before:])) == dim
+    assert ("Thinking ... 2 tokens" in term.received) == (answer == "Yes.")  # and is gone when the answer begins
     n_read = len("What?|<think>") + 2 * ("off" in flags)
     assert any(f"read {n_read} tokens" in line for line in term.enter("/stats"))
     term.type("\x04")
