@@ -548,7 +548,14 @@ def test_help_names_every_command():
 def test_set_changes_how_answers_are_sampled(tmp_path):
     (tmp_path / "config.toml").write_text("grammar = 'root ::= \"c\"'")
     lines = [
-        *("hello", '/set grammar root ::= "abc"', "hello"),
+        *(
+            "hello",
+            '/set json-schema {"const": 12}',
+            "hello",
+            "/set json-schema",
+            "hello",
+        ),  # before what is in the file
+        *('/set grammar root ::= "abc"', "hello"),
         *("/set -n 2", "hello", "/set n 5", '/set json-schema {"const": 12}', "/set grammar", "hello"),
         *('/set json-schema {"const": 12}', "hello", "/set json-schema", "/set temp 0", FACT + " " + QUESTION),
         *("/set logit-bias 65+1000", "hello", "/set logit-bias 65+1000 65-inf 66+900", "hello"),
@@ -557,7 +564,7 @@ def test_set_changes_how_answers_are_sampled(tmp_path):
     result = CliRunner(env=environment).invoke(main, ["chat", MODEL, "-n", "4"], input="\n".join(lines))
     assert result.exit_code == 0
     answers = result.stdout.splitlines()
-    assert answers[:3] == ["c", "abc", "ab"]
+    assert answers[:5] == ["c", "12", "c", "abc", "ab"]
     assert answers[-4:] == ["12", "57901", "AAAAA", "BBBBB"]
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error")]
     assert errors == ["Error: give --grammar or --json-schema, not both"]
