@@ -43,6 +43,7 @@ from .options import (
     help="Folder that keeps prompts beyond the end of the server, within the size of --cache-ram.",
 )
 @click.option("--prompt-cache-ro", type=click.Path(path_type=Path), help="The same, but nothing is written there.")
+@click.option("--strict", is_flag=True, help="Refuse requests with unknown fields instead of ignoring these.")
 @template_options
 @self_extend_options
 @device_options
@@ -57,6 +58,7 @@ def serve(
     cache_ram: int | None,
     prompt_cache: Path | None,
     prompt_cache_ro: Path | None,
+    strict: bool,
     **options: Any,
 ) -> None:
     """Serve models over HTTP with OpenAI's API.
@@ -71,9 +73,7 @@ def serve(
         sx-gguf serve small.gguf large.gguf --alias small --alias large --port 9000 --ctx 32768
     """
     try:
-        from llama_cpp.server.settings import ServerSettings
-
-        from selfextend_gguf.server.app import create_app
+        from selfextend_gguf.server.app import Settings, create_app
         from selfextend_gguf.server.kept_prompts import KeptPrompts
         from selfextend_gguf.server.models import OneModelAtATime, ServedModel
         from selfextend_gguf.server.run import listen, run
@@ -105,17 +105,17 @@ def serve(
         ServedModel.from_file(path, name, ctx, arguments, keep, **template)
         for path, name in zip(map(model_path, models), names, strict=True)
     ]
+    settings = Settings(keys=[] if api_key is None else [api_key], strict=strict)
     with listen(host, port) as listener:
         port = listener.getsockname()[1]
-        proxy = OneModelAtATime(served)
-        settings = ServerSettings(host=host, port=port, api_key=api_key, interrupt_requests=False)
-        app = create_app(proxy, settings, verbose=verbose)
+        offered = OneModelAtATime(served)
+        app = create_app(offered, settings, verbose=verbose)
         contexts = ", ".join(f"{m.alias} (trained on {m.info.n_ctx_train} tokens, reads {m.n_ctx})" for m in served)
         click.echo(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}: {contexts}")
         try:
-            run(app, listener, verbose=verbose)
+            run(app, offered, listener, verbose=verbose)
         finally:
-            proxy.close()
+            offered.close()
 
 
 def is_loopback(host: str) -> bool:

@@ -12,7 +12,7 @@ from llama_cpp.llama_types import CreateCompletionStreamResponse
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.planning import check_room
 from selfextend_gguf.prompt import Prompt
-from selfextend_gguf.reasoning import FAMILIES, Kind, Splitter
+from selfextend_gguf.reasoning import FAMILIES, Kind, Splitter, Whole
 from selfextend_gguf.tokenizer import Tokenizer
 
 
@@ -68,12 +68,14 @@ def stream_completion(
     *,
     max_tokens: int,
     on_read: Callable[[int, int], None] = lambda done, total: None,
+    tells_thoughts: bool = True,
     **sampling: Any,
 ) -> Generator[Piece, None, None]:
     """Complete `prompt`; `sampling` goes to `Llama.create_completion`. `max_tokens` -1 = while the context has room.
 
     `on_read(done, total)` is called before and while that part of the prompt is read that the cache does not hold; what
-    it raises leaves the cache with the tokens read so far. Raises ContextFullError when the prompt does not fit.
+    it raises leaves the cache with the tokens read so far. Without `tells_thoughts` all pieces are of the answer, in
+    which control tokens are left out. Raises ContextFullError when the prompt does not fit.
     """
     n_prompt = len(prompt.tokens)
     check_room(n_prompt, llm.n_ctx(), n_answer=1)
@@ -89,22 +91,25 @@ def stream_completion(
     def progress(done: int, total: int) -> None:
         nonlocal began, timings
         now = time.perf_counter()
+        if timings.prompt_seconds == 0:  # the cache may have been given more of the prompt meanwhile
+            timings = replace(timings, cached_tokens=llm.n_tokens - done)
+        has_read = llm.n_tokens >= n_prompt
         if timings.generated_tokens == 0:
             timings = replace(timings, prompt_seconds=now - began)
-            on_read(done, total)
+            on_read(llm.n_tokens - timings.cached_tokens, n_prompt - timings.cached_tokens)
             began += time.perf_counter() - now  # what the caller does meanwhile is neither reading nor generating
             now = began + timings.prompt_seconds
         timings = replace(
             timings,
             generate_seconds=now - began - timings.prompt_seconds,
             # Each completed evaluation is followed by sampling one token.
-            generated_tokens=timings.generated_tokens + (done == total),
+            generated_tokens=timings.generated_tokens + (has_read and done == total),
             rewrite_seconds=llm.rewrite_stats.seconds - rewritten_before,
         )
 
-    splitter = Splitter(prompt.thought_end)
+    splitter = Splitter(prompt.thought_end) if tells_thoughts else Whole()
     llm.progress = progress
-    llm.spelled = spelled_tags(llm.tokenizer_)
+    llm.spelled = spelled_tags(llm.tokenizer_) if tells_thoughts else ()
     try:
         chunks = llm.create_completion(prompt.tokens, max_tokens=max_tokens, stop=prompt.stop, stream=True, **sampling)
         for chunk in cast("Iterator[CreateCompletionStreamResponse]", chunks):  # as always with `stream`

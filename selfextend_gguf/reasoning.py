@@ -130,3 +130,11 @@ class Splitter:
             begun = next((n for n in range(longest, 0, -1) if self._held.endswith(end[:n])), 0)
             at = len(self._held) - begun
         return ("thought", at) if at else None
+
+
+class Whole(Splitter):
+    """Takes a text for an answer, whatever it begins with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answers = True

@@ -1,17 +1,28 @@
-"""`sx-gguf serve`, running."""
+"""`sx-gguf serve`, running: as a program, or in this process."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
+import uvicorn
+
+from selfextend_gguf.server.app import Settings, create_app
+from selfextend_gguf.server.kept_prompts import KeptPrompts
+from selfextend_gguf.server.models import OneModelAtATime, ServedModel
 
 COMMAND = [str(Path(sys.executable).with_name("sx-gguf")), "serve"]
 KEY = "a-key"
@@ -53,3 +64,46 @@ class Served:
             self.process.send_signal(sig)
         error = self.process.communicate(timeout=60)[1]
         return self.process.returncode, error
+
+
+ARGUMENTS = dict.fromkeys(("group_size", "neighbor_window", "max_distance", "block_size", "schedule")) | {
+    "verbose": False,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
+
+
+@dataclass
+class Serving:
+    """A server in this process, where it can be seen how far the model has got."""
+
+    url: str
+    models: OneModelAtATime
+    tasks: set[Any]  #: requests at work
+
+    def client(self, api_key: str = KEY) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
+
+
+@contextlib.contextmanager
+def serving(
+    models: dict[str, Path], *, ctx: int, settings: Settings | None = None, cache: int = 0, **templates: Any
+) -> Iterator[Serving]:
+    """Serve models by name; `cache` bytes are for copies of prompts."""
+    served = [
+        ServedModel.from_file(path, name, ctx, ARGUMENTS, lambda: KeptPrompts(cache), **templates)
+        for name, path in models.items()
+    ]
+    offered = OneModelAtATime(served)
+    offered.load_first()
+    app = create_app(offered, settings or Settings())
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield Serving(f"http://127.0.0.1:{listener.getsockname()[1]}", offered, server.server_state.tasks)
+        finally:
+            server.should_exit = True
+            thread.join()
+    offered.close()

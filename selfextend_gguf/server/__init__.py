@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP server: llama-cpp-python's, with our `Llama` and strict requests."""
+"""An HTTP server with OpenAI's API: requests become jobs, jobs are answered in turn, answers get their form."""

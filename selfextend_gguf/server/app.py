@@ -1,139 +1,62 @@
-"""The application: llama-cpp-python's endpoints, their requests checked and their errors in OpenAI's form."""
+"""The application: OpenAI's endpoints."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import AsyncIterable, AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from llama_cpp.server import app as theirs
-from llama_cpp.server.settings import ServerSettings
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import JSONResponse, StreamingResponse
 
-from selfextend_gguf.errors import (
-    ConfigError,
-    ContextFullError,
-    GrammarError,
-    RequestStoppedError,
-    SelfExtendError,
-    TextError,
-    UnknownModelError,
-)
+from selfextend_gguf.server.access import KeyChecker
+from selfextend_gguf.server.answering import Read, Said, events
+from selfextend_gguf.server.errors import ErrorReporter, describe_error
+from selfextend_gguf.server.fields import FieldChecker
+from selfextend_gguf.server.forms import ChatForm, CompletionForm, Form
+from selfextend_gguf.server.jobs import Job, chat_job, completion_job, tool_to_call
 from selfextend_gguf.server.models import OneModelAtATime
-from selfextend_gguf.server.requests import ChatRequest, CompletionRequest, check_request
-from selfextend_gguf.server.work import DisconnectWatcher, Work, current_work
-
-log = logging.getLogger("uvicorn.error")
-
-# What the request is to blame for: HTTP status and OpenAI's code. Anything else is an internal error.
-_REQUEST_ERRORS: dict[type[Exception], tuple[int, str | None]] = {
-    UnknownModelError: (404, "model_not_found"),
-    ContextFullError: (400, "context_length_exceeded"),
-    GrammarError: (400, None),
-    ConfigError: (400, None),
-    TextError: (400, None),
-    RequestStoppedError: (503, None),
-}
-_CODES = {401: "invalid_api_key"}
+from selfextend_gguf.server.requests import ChatRequest, CompletionRequest
+from selfextend_gguf.server.requests import Request as Body
+from selfextend_gguf.server.work import DisconnectWatcher
 
 
-def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI reports it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+@dataclass(frozen=True)
+class Settings:
+    """How requests are taken."""
+
+    keys: Sequence[str] = ()  #: of which requests carry one; none = anyone may ask
+    strict: bool = False  #: whether unknown fields are refused
+    reasoning_format: Literal["auto", "none"] = "auto"  #: whether thoughts are kept apart from answers
 
 
-def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """HTTP status and body of an error."""
-    if isinstance(error, HTTPException):
-        return error.status_code, error_body(error.status_code, str(error.detail), code=_CODES.get(error.status_code))
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        if first["type"] in ("value_error", "json_invalid"):
-            place = []
-        message = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "json_invalid":
-            message = f"the body is not JSON: {first['ctx']['error']}"
-        elif first["type"] == "extra_forbidden":
-            message = "unknown parameter"
-        return 400, error_body(400, ": ".join([*place[:1], message]), param=".".join(place) or None)
-    for kind, (status, code) in _REQUEST_ERRORS.items():
-        if isinstance(error, kind):
-            return status, error_body(status, str(error), code=code)
-    message = str(error) if isinstance(error, SelfExtendError) else f"{type(error).__name__}: {error}"
-    return 500, error_body(500, message)
+async def as_events(form: Form, body: Body, happened: AsyncIterator[Read | Said | None]) -> AsyncIterator[str]:
+    """What happens, as server-sent events."""
+    async for event in happened:
+        if event is None:
+            yield ": still here\n\n"  # a comment, for proxies and clients that take silence for an end
+        elif isinstance(event, Said):
+            for chunk in form.chunks(event):
+                yield _data(chunk)
+        elif body.return_progress:
+            yield _data(form.progress_chunk(event))
+    if body.stream_options.include_usage:
+        yield _data(form.usage_chunk())
+    yield "data: [DONE]\n\n"
 
 
-class ErrorReporter:
-    """ASGI middleware that turns every exception into an answer, also in the middle of a stream."""
-
-    def __init__(self, app: ASGIApp, verbose: bool) -> None:
-        self.app = app
-        self.verbose = verbose
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = False
-        last: Message | None = None  # held back: a stream whose generation fails ends before the failure is known
-
-        async def watched_send(message: Message) -> None:
-            nonlocal began, last
-            began = True
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                last = message
-            else:
-                await send(message)
-
-        try:
-            await self.app(scope, receive, watched_send)
-        except Exception as error:
-            status, body = describe_error(error)
-            if status == 500:
-                log.error("%s", body["error"]["message"], exc_info=error if self.verbose else None)
-            if not began:
-                await JSONResponse(body, status)(scope, receive, send)
-                return
-            last = {"type": "http.response.body", "body": f"data: {json.dumps(body)}\n\n".encode()}
-        if last is not None:
-            await send(last)
+def _data(chunk: dict[str, Any]) -> str:
+    return f"data: {json.dumps(chunk)}\n\n"
 
 
-async def with_usage(events: AsyncIterable[Any], n_prompt: int, work: Work) -> AsyncIterator[Any]:
-    """A stream's events, with the numbers of tokens before its end."""
-    chunk: dict[str, Any] = {}
-    async for event in events:
-        if event["data"] == "[DONE]":
-            usage = {
-                "prompt_tokens": n_prompt,
-                "completion_tokens": work.n_generated,
-                "total_tokens": n_prompt + work.n_generated,
-            }
-            yield {"data": json.dumps(chunk | {"choices": [], "usage": usage})}
-        else:
-            chunk = json.loads(event["data"])
-        yield event
-
-
-def create_app(models: OneModelAtATime, settings: ServerSettings, *, verbose: bool = False) -> FastAPI:
-    """The application that serves `models`.
-
-    Of llama-cpp-python's server it takes the endpoints of OpenAI's API with their queue, streaming and authentication.
-    Its router is left out: that answers 500 to whatever it cannot read, with a traceback.
-    """
-    theirs.set_server_settings(settings)
-    names = vars(theirs)  # where no type is declared: these are not what llama-cpp-python means to stand there
-    names["_llama_proxy"] = models  # `set_llama_proxy` would load llama_cpp.Llama
-    if not verbose:
-        names["print"] = lambda *_: None  # it prints a line for each client that leaves
+def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = False) -> FastAPI:
+    """The application that serves `models`."""
     app = FastAPI(title="selfextend_gguf", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(DisconnectWatcher)
-    with_key = [Depends(theirs.authenticate)]
 
     async def report(_: Request, error: Exception) -> JSONResponse:
         status, body = describe_error(error)
@@ -142,25 +65,36 @@ def create_app(models: OneModelAtATime, settings: ServerSettings, *, verbose: bo
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, report)
     app.add_middleware(ErrorReporter, verbose=verbose)
+    with_key = [Depends(KeyChecker(settings.keys))]
+    check_fields = FieldChecker(settings.strict)
 
-    async def complete(endpoint: Callable[..., Any], request: Request, body: CompletionRequest | ChatRequest) -> Any:
-        model = models.find(body.model)
-        body.model = model.alias
-        n_prompt = await run_in_threadpool(check_request, body, model)
-        response = await endpoint(request, body)
-        if body.stream and body.wants_usage:
-            response.body_iterator = with_usage(response.body_iterator, n_prompt, current_work())
-        return response
+    async def complete(body: Body, job: Job, form: Form) -> Any:
+        happened = events(models, job)
+        if body.stream:
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(as_events(form, body, happened), media_type="text/event-stream", headers=headers)
+        async for event in happened:
+            if isinstance(event, Said):
+                form.take(event)
+        return form.whole()
 
     @app.post("/v1/completions", dependencies=with_key, response_model=None)
-    async def completions(request: Request, body: CompletionRequest) -> Any:
-        return await complete(theirs.create_completion, request, body)
+    async def completions(body: CompletionRequest) -> Any:
+        check_fields(body)
+        model = models.find(body.model)
+        job = await run_in_threadpool(completion_job, body, model)
+        echoed = [model.text_of(prompt) for prompt in body.prompts] if body.echo else None
+        return await complete(body, job, CompletionForm(job, echoed))
 
     @app.post("/v1/chat/completions", dependencies=with_key, response_model=None)
-    async def chat_completions(request: Request, body: ChatRequest) -> Any:
-        return await complete(theirs.create_chat_completion, request, body)
+    async def chat_completions(body: ChatRequest) -> Any:
+        check_fields(body)
+        job = await run_in_threadpool(chat_job, body, models.find(body.model))
+        apart = (body.reasoning_format or settings.reasoning_format) != "none"
+        return await complete(body, job, ChatForm(job, tool=tool_to_call(body), keeps_thoughts_apart=apart))
 
     @app.get("/v1/models", dependencies=with_key)
+    @app.get("/v1/models/", dependencies=with_key)
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [model.describe() for model in models]}
 
@@ -168,8 +102,8 @@ def create_app(models: OneModelAtATime, settings: ServerSettings, *, verbose: bo
     async def one_model(name: str) -> dict[str, Any]:
         return models.find(name).describe()
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "busy": theirs.llama_inner_lock.locked()}
+        return {"status": models.status, "busy": models.turn.locked()}
 
     return app

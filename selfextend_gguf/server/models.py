@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 
 from selfextend_gguf.errors import UnknownModelError
-from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context, plan_if_beyond, whole_cells
 from selfextend_gguf.prompt import chat_formatter
 from selfextend_gguf.server.kept_prompts import KeptPrompts, RememberingLlama
-from selfextend_gguf.server.work import current_work, stop_if_unwanted
-from selfextend_gguf.tokenizer import TextFormatter
+from selfextend_gguf.server.logprobs import Chosen
+from selfextend_gguf.server.work import stop_if_unwanted
+from selfextend_gguf.templates import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class ServedModel:
     alias: str
     info: ModelInfo
     n_ctx: int  #: extended context in tokens
-    formatter: TextFormatter | None  #: the model's chat template, if it has one
+    template: ChatTemplate | None  #: the model's chat template, if it has one
     arguments: dict[str, Any]  #: of `Llama`, besides path and context
     keep: Callable[[], KeptPrompts]  #: where its prompts are kept while it is loaded
 
@@ -38,30 +41,29 @@ class ServedModel:
         ctx: int | None,
         arguments: dict[str, Any],
         keep: Callable[[], KeptPrompts],
-        **template: Any,
+        **templates: Any,
     ) -> ServedModel:
-        """`template` are arguments of `ModelInfo`. Raises ModelFileError, ConfigError when the context cannot be
+        """`templates` are arguments of `ModelInfo`. Raises ModelFileError, ConfigError when the context cannot be
         reached, and TemplateError."""
-        info = ModelInfo(path, verbose=arguments["verbose"], **template)
+        info = ModelInfo(path, verbose=arguments["verbose"], **templates)
         parameters = {name: arguments[name] for name in PARAMETERS}
         n_ctx = whole_cells(ctx or default_context(info.n_ctx_train, **parameters))
         plan_if_beyond(info.n_ctx_train, n_ctx, **parameters)
-        formatter = None
+        template = None
         if info.chat_template:
-            renderer = chat_formatter(info)
-            renderer.check()  # rather now than with each request
-            formatter = TextFormatter(renderer, info.tokenizer)
-        return cls(alias, info, n_ctx, formatter, arguments, keep)
+            template = chat_formatter(info)
+            template.check()  # rather now than with each request
+        return cls(alias, info, n_ctx, template, arguments, keep)
 
-    def load(self) -> Llama:
+    def load(self) -> ServedLlama:
         """Load the model. Raises what `Llama` raises."""
-        handler = self.formatter.to_chat_handler() if self.formatter else None
-        llm = ServedLlama(
-            str(self.info.path), n_ctx=self.n_ctx, model_info=self.info, chat_handler=handler, **self.arguments
-        )
-        llm.progress = stop_if_unwanted
+        llm = ServedLlama(str(self.info.path), n_ctx=self.n_ctx, model_info=self.info, **self.arguments)
         llm.kept_prompts = self.keep()
         return llm
+
+    def text_of(self, prompt: str | Sequence[int]) -> str:
+        """The text of a prompt that may be tokens. Raises TextError."""
+        return prompt if isinstance(prompt, str) else self.info.tokenizer.detokenize(prompt).decode("utf-8", "replace")
 
     def describe(self) -> dict[str, Any]:
         """The model as an entry of /v1/models."""
@@ -77,31 +79,47 @@ class ServedModel:
 
 
 class ServedLlama(RememberingLlama):
-    """Counts the tokens of an answer, which streams do not tell."""
+    """Notes the tokens of an answer, and stops when nobody waits for more of it."""
+
+    #: The tokens of the last answer, without the one that ended it.
+    answer: list[Chosen]
+    #: Likeliest tokens to note beside each of them; None = none, nor how likely it was itself.
+    n_top: int | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """Tokens, as the parent generates them."""
+        """Tokens, as the parent generates them. Raises RequestStoppedError."""
+        self.answer = []
         for token in super().generate(*args, **kwargs):
-            current_work().n_generated += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+            stop_if_unwanted()
+            if not llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
+                self.answer.append(self._noted(token))
             yield token
+
+    def _noted(self, token: int) -> Chosen:
+        if self.n_top is None:
+            return Chosen(self.detokenize([token]))
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, -1), (self._n_vocab,))
+        return Chosen.among(logits, token, self.n_top, self.detokenize)
 
 
 class OneModelAtATime:
-    """What llama-cpp-python's server asks for its model, in place of its `LlamaProxy`.
-
-    That one answers in the name of any unknown model with the first one. Called under the server's lock only.
-    """
+    """The models, of which one is loaded. Whoever holds `turn` works with it."""
 
     def __init__(self, models: list[ServedModel]) -> None:
-        """Loads the first of `models`."""
+        self.turn = asyncio.Lock()  #: given in the order in which it is asked for
         self._models = {model.alias: model for model in models}
         self._default = models[0].alias
         self._alias: str | None = None
-        self._llm: Llama | None = None
-        self._load(models[0])
+        self._llm: ServedLlama | None = None
+        self._loading = threading.Event()
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
+
+    @property
+    def status(self) -> str:
+        """What a health check is told: "loading" while a model is loaded, else "ok"."""
+        return "loading" if self._llm is None or self._loading.is_set() else "ok"
 
     def find(self, name: str | None) -> ServedModel:
         """The model of that name, the first one for None. Raises UnknownModelError."""
@@ -110,7 +128,12 @@ class OneModelAtATime:
         except KeyError:
             raise UnknownModelError(f"the model {name!r} does not exist; there is {', '.join(self._models)}") from None
 
-    def __call__(self, name: str | None = None) -> Llama:
+    def load_first(self) -> None:
+        """Load the first model, unless one is loaded."""
+        if self._llm is None:
+            self._load(self.find(None))
+
+    def __call__(self, name: str) -> ServedLlama:
         """The loaded model of that name; loading it closes the one before."""
         stop_if_unwanted()  # the client may have left while it waited
         model = self.find(name)
@@ -118,11 +141,15 @@ class OneModelAtATime:
             return self._load(model)
         return self._llm
 
-    def _load(self, model: ServedModel) -> Llama:
-        self.close()
-        llm = self._llm = model.load()
-        self._alias = model.alias
-        return llm
+    def _load(self, model: ServedModel) -> ServedLlama:
+        self._loading.set()
+        try:
+            self.close()
+            llm = self._llm = model.load()
+            self._alias = model.alias
+            return llm
+        finally:
+            self._loading.clear()
 
     def close(self) -> None:
         """Free the loaded model."""

@@ -1,34 +1,49 @@
-"""Requests as llama-cpp-python's server takes them, checked so that what it would ignore or fail on is refused."""
+"""Requests as OpenAI's and llama.cpp's clients send them; what is not known is left out, what matters is refused."""
 
 from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from llama_cpp.llama_types import ChatCompletionRequestMessage
-from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from selfextend_gguf.chat_schemas import called_tool, json_format, wanted_schemas
-from selfextend_gguf.checks import check_all
-from selfextend_gguf.errors import ConfigError, ContextFullError, GrammarError
-from selfextend_gguf.grammar import check_grammar
-from selfextend_gguf.json_schema.forms import form
-from selfextend_gguf.sampling import COMPLETION
-from selfextend_gguf.server.models import ServedModel
-
-# What pydantic lets through in any size.
-_NUMBERS = {"seed", "temperature", "top_k", "repeat_penalty", "presence_penalty", "frequency_penalty"}
+from selfextend_gguf.chat_schemas import json_format
+from selfextend_gguf.more_samplers import MoreSamplers
+from selfextend_gguf.server.messages import Function, Message, Tool
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+UNLIMITED = -1  #: max_tokens: as many as the context has room for
+
+# What other servers know, and what would be missed without a word if it were left out.
+_MISSED = {
+    "audio": "answers are texts",
+    "guided_choice": "use response_format or grammar",
+    "guided_grammar": "use grammar",
+    "guided_json": "use response_format",
+    "guided_regex": "use response_format or grammar",
+    "json_schema": "use response_format",
+    "length_penalty": "there is no beam search",
+    "lora": "adapters cannot be changed while the server runs",
+    "n_discard": "the context is not shifted",
+    "n_probs": "use logprobs",
+    "samplers": "their order is llama.cpp's",
+    "stop_token_ids": "use stop",
+    "suffix": "no infill",
+    "structured_outputs": "use response_format",
+    "t_max_predict_ms": "use max_tokens",
+    "use_beam_search": "there is no beam search",
+    "web_search_options": "there is no search",
+}  # fmt: skip
 
 
 class StreamOptions(BaseModel):
     """What a stream contains beside the answer."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     include_usage: bool = False
 
@@ -36,21 +51,55 @@ class StreamOptions(BaseModel):
 class Request(BaseModel):
     """What completion and chat requests have in common. Raises pydantic's ValidationError."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
-    max_tokens: int | None = Field(None, ge=1)
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=UNLIMITED)
+    min_tokens: int = Field(0, ge=0)
+    n: int = Field(1, ge=1, le=128)
+    seed: int | None = None
+    stop: Text | list[Text] = Field(default_factory=list)
+    stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    return_progress: bool = False
+    logit_bias: dict[str, Bias] = Field(default_factory=dict)
+    logit_bias_type: Literal["input_ids", "tokens"] = "input_ids"
+    ignore_eos: bool = False
+    grammar: str | None = None
+    # Numbers for the samplers; what pydantic lets through in any size is checked with the rest of `sampling`.
     temperature: float = Field(0.8, ge=0)
-    repeat_penalty: float = Field(1.0, gt=0, le=10)  # theirs is 1.1, which keeps models from copying numbers
-    stop: Text | list[Text] | None = None
-    logit_bias: dict[str, Bias] | None = None
-    seed: int | None = Field(default_factory=lambda: secrets.randbits(32))  # theirs would be the same in every process
-    stream_options: StreamOptions | None = Field(None, exclude=True)
+    top_p: float = Field(0.95, ge=0, le=1)
+    min_p: float = Field(0.05, ge=0, le=1)
+    typical_p: float = Field(1.0, ge=0, le=1)
+    top_k: int = Field(40, ge=0)
+    repeat_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    mirostat_mode: int = Field(0, ge=0, le=2)
+    mirostat_tau: float = Field(5.0, ge=0, le=10)
+    mirostat_eta: float = Field(0.1, ge=0.001, le=1)
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: list[str] | None = None
     # Without an effect on the answer.
-    metadata: Any = Field(None, exclude=True)
-    store: Any = Field(None, exclude=True)
-    service_tier: Any = Field(None, exclude=True)
-    safety_identifier: Any = Field(None, exclude=True)
-    prompt_cache_key: Any = Field(None, exclude=True)
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    prediction: Any = None
+    cache_prompt: Any = None
+    id_slot: Any = None
+    timings_per_token: Any = None
 
     @model_validator(mode="before")
     @classmethod
@@ -58,167 +107,132 @@ class Request(BaseModel):
         if not isinstance(values, dict):
             raise ValueError("the body must be a JSON object, sent with Content-Type: application/json")
         json.dumps(values, ensure_ascii=False).encode()  # a ValueError for halves of characters (surrogates)
-        return {name: value for name, value in values.items() if value is not None}
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream is to end with the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
-class CompletionRequest(Request, CreateCompletionRequest):
-    """A body of /v1/completions."""
-
-    prompt: str
-    max_tokens: int = Field(16, ge=1)
-    n: Literal[1] = 1
-    best_of: Literal[1] = 1
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_prompt(cls, values: Any) -> Any:
-        prompt = values.get("prompt") if isinstance(values, dict) else None
-        if isinstance(prompt, list):
-            if len(prompt) != 1 or not isinstance(prompt[0], str):
-                raise ValueError("prompt must be one string: lists of prompts and of tokens are not supported")
-            return {**values, "prompt": prompt[0]}
-        return values
+        return _renamed({name: value for name, value in values.items() if value is not None})
 
     @model_validator(mode="after")
-    def _refuse_what_would_be_ignored(self) -> CompletionRequest:
-        _refuse_what_both_would_ignore(self)
-        if self.suffix is not None:
-            raise ValueError("suffix is not supported")
-        if self.echo and self.stream:
-            raise ValueError("echo and stream cannot be combined")
+    def _refuse_what_would_be_missed(self) -> Request:
+        if self.max_tokens == 0:
+            raise ValueError("max_tokens: Input should be at least 1, or -1 for as many as the context has room for")
+        for name in sorted(_MISSED.keys() & self.unknown):
+            if self.unknown[name]:  # what is false or empty asks for nothing
+                raise ValueError(f"{name} is not supported: {_MISSED[name]}")
         return self
 
-    def tokens(self, model: ServedModel) -> list[int]:
-        """The prompt's tokens; special ones are recognised, since whoever needs a template writes it here."""
-        return model.info.tokenizer.tokens(self.prompt, special=True)
+    @property
+    def unknown(self) -> Mapping[str, Any]:
+        """Fields that are left out."""
+        return self.model_extra or {}
 
-    def schemas(self) -> list[Any]:
-        """The JSON schemas that the answer has to fit."""
-        return []
+    @property
+    def longest(self) -> int:
+        """Most tokens of an answer."""
+        return UNLIMITED if self.max_tokens is None else self.max_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        """Strings that end an answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `Llama.create_completion`."""
+        return self.model_dump(include=_SAMPLING)
+
+    def more_samplers(self) -> MoreSamplers:
+        """Samplers beside those. Raises ConfigError."""
+        given = self.model_dump(include={field.name for field in fields(MoreSamplers)}, exclude_none=True)
+        return MoreSamplers(**given)
+
+    def first_seed(self) -> int:
+        """The seed of the first answer, drawn if none is given: llama_cpp's is the same in every process."""
+        return secrets.randbits(31) if self.seed is None or self.seed == -1 else self.seed
 
 
-class ChatRequest(Request, CreateChatCompletionRequest):
+_SAMPLING = {
+    "temperature", "top_p", "min_p", "typical_p", "top_k", "repeat_penalty", "presence_penalty", "frequency_penalty",
+    "mirostat_mode", "mirostat_tau", "mirostat_eta",
+}  # fmt: skip
+_NAMES = {"max_completion_tokens": "max_tokens", "n_predict": "max_tokens", "mirostat": "mirostat_mode"}
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields by one name each, of those by which clients know them."""
+    for other, name in _NAMES.items():
+        if other in values:
+            values.setdefault(name, values[other])
+            del values[other]
+    return values
+
+
+class CompletionRequest(Request):
+    """A body of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(16, ge=UNLIMITED)
+    best_of: int = 1
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=100)
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_there(self) -> CompletionRequest:
+        if self.best_of > self.n:
+            raise ValueError(f"best_of is not supported: ask for n={self.best_of} and choose")
+        if self.echo and self.stream:
+            raise ValueError("echo and stream cannot be combined")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("logprobs with echo are not supported: the logits of a prompt are not kept")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """All prompts, as texts or as tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+
+class ChatRequest(Request):
     """A body of /v1/chat/completions."""
 
-    messages: list[ChatCompletionRequestMessage] = Field(min_length=1)
-    n: Literal[1] = 1
+    messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] = Field(default_factory=list)
+    tool_choice: Any = None
+    functions: list[Function] = Field(default_factory=list)
+    function_call: Any = None
     # One call at most is made.
-    parallel_tool_calls: bool | None = Field(None, exclude=True)
+    parallel_tool_calls: bool = False
+    response_format: dict[str, Any] | None = None
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=100)
+    reasoning_effort: Text | None = None
+    reasoning_format: Literal["auto", "deepseek", "none"] | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
-    def _todays_names(cls, values: Any) -> Any:
-        """What OpenAI's clients send, in the form that llama-cpp-python knows."""
+    def _one_form(cls, values: Any) -> Any:
+        """The older form of tools as the newer one, and the one of response formats that llama_cpp knows."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
-        longest = values.pop("max_completion_tokens", None)
-        if longest is not None:
-            values.setdefault("max_tokens", longest)
-        messages = values.get("messages")
-        if isinstance(messages, list):
-            values["messages"] = [_as_plain_text(m) if isinstance(m, dict) else m for m in messages]
-        wanted = values.get("response_format")
-        if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
-            values["response_format"] = json_format(wanted)
-        tools = values.get("tools")
-        if values.get("tool_choice") == "required" and isinstance(tools, list):
-            if len(tools) != 1:
-                raise ValueError('tool_choice "required" needs exactly one tool; name the one to call')
-            values["tool_choice"] = {"type": "function", "function": {"name": _name(tools[0])}}
+        for name in ("response_format", "tools", "functions"):
+            if values.get(name) is None:
+                values.pop(name, None)
+        if "response_format" in values:
+            values["response_format"] = json_format(values["response_format"])
+        if values.get("modalities", ["text"]) not in (None, ["text"]):
+            raise ValueError("modalities: answers are texts")
         return values
 
     @model_validator(mode="after")
-    def _refuse_what_would_be_ignored(self) -> ChatRequest:
-        _refuse_what_both_would_ignore(self)
-        if len(self.schemas()) + (self.grammar is not None) > 1:
-            raise ValueError("only one of grammar, response_format and a tool to call can give the form of the answer")
-        if isinstance(self.tool_choice, str) and self.tool_choice == "required":
-            raise ValueError('tool_choice "required" without tools')
+    def _know_the_tools(self) -> ChatRequest:
+        self.tools = [*self.tools, *(Tool(function=function) for function in self.functions)]
+        if self.tool_choice is None:
+            self.tool_choice = self.function_call
+        if self.tool_choice == "required":
+            if not self.tools:
+                raise ValueError('tool_choice "required" without tools')
+            if len(self.tools) != 1:
+                raise ValueError('tool_choice "required" needs exactly one tool; name the one to call')
         return self
-
-    def schemas(self) -> list[Any]:
-        """The JSON schemas that the answer has to fit. Raises GrammarError."""
-        return wanted_schemas(
-            response_format=self.response_format,
-            tools=self.tools,
-            tool_choice=self.tool_choice,
-            functions=self.functions,
-            function_call=self.function_call,
-        )
-
-    def tokens(self, model: ServedModel) -> list[int]:
-        """The tokens of the messages in the model's chat template. Raises ConfigError."""
-        if model.formatter is None:
-            raise ConfigError(f"the model {model.alias!r} has no chat template; use /v1/completions")
-        called = called_tool(self.tool_choice, self.function_call)
-        if (self.tools or self.functions) and called is None and "tools" not in (model.info.chat_template or ""):
-            raise ConfigError(
-                f"the chat template of {model.alias!r} tells the model nothing of tools; name one in tool_choice"
-            )
-        rendered = model.formatter(
-            messages=self.messages,
-            functions=self.functions,
-            function_call=self.function_call,
-            tools=self.tools,
-            tool_choice=self.tool_choice,
-        )
-        return model.info.tokenizer.tokenize(rendered.prompt.encode())
-
-
-def _refuse_what_both_would_ignore(body: CompletionRequest | ChatRequest) -> None:
-    if body.logprobs is not None and body.logprobs is not False:  # 0 stands for the likeliest token's
-        raise ValueError("logprobs are not supported: the server does not keep the logits of all tokens")
-    if body.logit_bias and body.min_tokens:
-        raise ValueError("logit_bias and min_tokens cannot be combined")
-
-
-def _as_plain_text(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its text parts joined, as templates expect it."""
-    content = message.get("content")
-    if content is None and message.get("role") == "assistant":
-        return {name: value for name, value in message.items() if value is not None}
-    if not isinstance(content, list):
-        return message
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-        raise ValueError("messages can hold text only")
-    return {**message, "content": "".join(part["text"] for part in content)}
-
-
-def _name(tool: Any) -> Any:
-    return tool.get("function", {}).get("name") if isinstance(tool, dict) else None
-
-
-def check_request(body: CompletionRequest | ChatRequest, model: ServedModel) -> int:
-    """Check what depends on the model, before the request waits for its turn; the number of tokens of the prompt.
-
-    Raises ContextFullError, GrammarError or ConfigError.
-    """
-    check_all(COMPLETION, body.model_dump(include=_NUMBERS))
-    n_vocab = model.info.model.n_vocab()
-    if body.logit_bias and body.logit_bias_type != "tokens":
-        for token in body.logit_bias:
-            if not (token.isascii() and token.isdigit() and int(token) < n_vocab):
-                raise ConfigError(f"logit_bias has {token!r}, which is no token of the model (0 to {n_vocab - 1})")
-    schemas = body.schemas()
-    for schema in schemas:
-        form(schema)
-    if body.grammar is not None:
-        check_grammar(model.info.model.vocab, body.grammar)
-    if body.min_tokens and (schemas or body.grammar is not None):
-        raise GrammarError("min_tokens cannot be combined with a grammar, which alone says where an answer may end")
-    n_prompt = len(body.tokens(model))
-    if n_prompt == 0:
-        raise ConfigError("the prompt is empty")
-    n_answer = body.max_tokens or 1
-    if n_prompt + n_answer > model.n_ctx:
-        raise ContextFullError(
-            f"this model's maximum context length is {model.n_ctx} tokens, however you requested {n_prompt + n_answer} "
-            f"({n_prompt} in the prompt, {n_answer} for the completion); reduce the prompt or max_tokens"
-        )
-    return n_prompt

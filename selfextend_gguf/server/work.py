@@ -17,7 +17,7 @@ class Work:
     """What is known of the work on one request."""
 
     client_left: asyncio.Event = field(default_factory=asyncio.Event)
-    n_generated: int = 0  #: tokens
+    task: asyncio.Task[None] | None = None  #: that does it, once it has begun
 
 
 # Set for each request; a worker thread sees that of the request it works for.
@@ -32,7 +32,7 @@ def current_work() -> Work:
 
 
 def stop_if_unwanted(*_: int) -> None:
-    """Raise RequestStoppedError when nobody waits for the answer; as `Llama.progress`, after each decode."""
+    """Raise RequestStoppedError when nobody waits for the answer."""
     if server_ends.is_set() or current_work().client_left.is_set():
         raise RequestStoppedError("the client has left, or the server ends")
 
@@ -40,8 +40,7 @@ def stop_if_unwanted(*_: int) -> None:
 class DisconnectWatcher:
     """ASGI middleware that notices a client's leaving whatever the application is doing meanwhile.
 
-    llama-cpp-python's server looks before it generates, and in a stream between tokens, but not while a prompt is
-    read nor while an answer is generated that is not streamed.
+    A request ends when its work has: no thread goes on for a client that has left.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -77,5 +76,9 @@ class DisconnectWatcher:
             if not left.is_set():
                 raise
         finally:
+            left.set()  # whoever still works may stop
             if listening is not None:
                 listening.cancel()
+            if work.task is not None:
+                work.task.cancel()  # if it waits for its turn; a thread runs until it notices
+                await asyncio.wait([work.task])

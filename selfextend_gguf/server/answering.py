@@ -1,0 +1,133 @@
+"""Doing a job: in a thread of its own, while what comes of it is told to whoever waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from starlette.concurrency import run_in_threadpool
+
+from selfextend_gguf.generate import Piece, Timings, stream_completion
+from selfextend_gguf.reasoning import Kind
+from selfextend_gguf.server.jobs import Job
+from selfextend_gguf.server.logprobs import Chosen
+from selfextend_gguf.server.models import OneModelAtATime, ServedLlama
+from selfextend_gguf.server.work import current_work, stop_if_unwanted
+
+KEEP_ALIVE = 3.0  #: seconds of silence after which a stream says that it is alive
+_REPORT_EVERY = 0.1  # seconds between reports of progress
+
+
+@dataclass(frozen=True)
+class Read:
+    """How much of a prompt has been read."""
+
+    index: int  #: of the answer
+    n_prompt: int  #: tokens
+    n_cached: int  #: tokens of them that were in the cache
+    n_processed: int  #: tokens in the cache by now
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Said:
+    """A piece of an answer."""
+
+    index: int  #: of the answer
+    kind: Kind
+    text: str
+    tokens: list[Chosen]  #: that begin in it
+    finish_reason: str | None
+    timings: Timings
+    n_answer: int  #: tokens of the answer so far
+
+
+def answer(models: OneModelAtATime, job: Job, tell: Callable[[Read | Said], None]) -> None:
+    """Give all answers of a job, one after the other. Raises what loading and generating raise."""
+    llm = models(job.alias)
+    llm.n_top, llm.more_samplers = job.n_top, job.more_samplers
+    for index, (prompt, sampling) in enumerate(job.answers()):
+        reports = _Reports(index, len(prompt.tokens), tell)
+        pieces = stream_completion(llm, prompt, on_read=reports, tells_thoughts=job.tells_thoughts, **sampling)
+        with contextlib.closing(pieces):
+            begun = _Begun(llm)
+            for piece in pieces:
+                tell(Said(index, piece.kind, piece.text, begun.take(piece), piece.finish_reason, piece.timings,
+                          len(llm.answer)))  # fmt: skip
+
+
+class _Reports:
+    """Tells of the reading of a prompt, not too often."""
+
+    def __init__(self, index: int, n_prompt: int, tell: Callable[[Read | Said], None]) -> None:
+        self._index = index
+        self._n_prompt = n_prompt
+        self._tell = tell
+        self._began = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        stop_if_unwanted()
+        now = time.monotonic()
+        if 0 < done < total and now < self._last + _REPORT_EVERY:
+            return
+        self._last = now
+        n_cached = self._n_prompt - total
+        self._tell(Read(self._index, self._n_prompt, n_cached, n_cached + done, now - self._began))
+
+
+class _Begun:
+    """Which tokens of an answer begin in which of its pieces."""
+
+    def __init__(self, llm: ServedLlama) -> None:
+        self._llm = llm
+        self._n_taken = 0
+        self._n_bytes_taken = 0
+        self._n_bytes = 0
+
+    def take(self, piece: Piece) -> list[Chosen]:
+        """The tokens that begin in the next piece."""
+        self._n_bytes += len(piece.text.encode())
+        taken = []
+        while self._n_taken < len(self._llm.answer) and self._n_bytes_taken < self._n_bytes:
+            token = self._llm.answer[self._n_taken]
+            self._n_taken += 1
+            self._n_bytes_taken += len(token.spelled)
+            taken.append(token)
+        return taken
+
+
+async def events(models: OneModelAtATime, job: Job) -> AsyncIterator[Read | Said | None]:
+    """What comes of a job, which waits for its turn; None after each silence of KEEP_ALIVE seconds.
+
+    Raises what `answer` raises.
+    """
+    queue: asyncio.Queue[Read | Said | Exception | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def tell(event: Read | Said) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    async def work() -> None:
+        try:
+            async with models.turn:
+                await run_in_threadpool(answer, models, job, tell)
+        except Exception as error:
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    current_work().task = asyncio.create_task(work())
+    while True:
+        try:
+            event = await asyncio.wait_for(queue.get(), KEEP_ALIVE)
+        except asyncio.TimeoutError:
+            yield None
+            continue
+        if event is None:
+            return
+        if isinstance(event, Exception):
+            raise event
+        yield event
