@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import psutil
@@ -44,6 +44,13 @@ from .options import (
 )
 @click.option("--prompt-cache-ro", type=click.Path(path_type=Path), help="The same, but nothing is written there.")
 @click.option("--strict", is_flag=True, help="Refuse requests with unknown fields instead of ignoring these.")
+@click.option(
+    "--reasoning-format",
+    type=click.Choice(["auto", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto: thoughts come as reasoning_content, apart from the answer. none: they stay in its text.",
+)
 @template_options
 @self_extend_options
 @device_options
@@ -59,6 +66,7 @@ def serve(
     prompt_cache: Path | None,
     prompt_cache_ro: Path | None,
     strict: bool,
+    reasoning_format: Literal["auto", "none"],
     **options: Any,
 ) -> None:
     """Serve models over HTTP with OpenAI's API.
@@ -105,7 +113,7 @@ def serve(
         ServedModel.from_file(path, name, ctx, arguments, keep, **template)
         for path, name in zip(map(model_path, models), names, strict=True)
     ]
-    settings = Settings(keys=[] if api_key is None else [api_key], strict=strict)
+    settings = Settings(keys=[] if api_key is None else [api_key], strict=strict, reasoning_format=reasoning_format)
     with listen(host, port) as listener:
         port = listener.getsockname()[1]
         offered = OneModelAtATime(served)

@@ -48,7 +48,7 @@ class Said:
 def answer(models: OneModelAtATime, job: Job, tell: Callable[[Read | Said], None]) -> None:
     """Give all answers of a job, one after the other. Raises what loading and generating raise."""
     llm = models(job.alias)
-    llm.n_top, llm.more_samplers = job.n_top, job.more_samplers
+    llm.n_top, llm.more_samplers, llm.comes_again = job.n_top, job.more_samplers, job.n > 1
     for index, (prompt, sampling) in enumerate(job.answers()):
         reports = _Reports(index, len(prompt.tokens), tell)
         pieces = stream_completion(llm, prompt, on_read=reports, tells_thoughts=job.tells_thoughts, **sampling)

@@ -58,8 +58,9 @@ class KeptPrompts:
         """Size of the copies in memory."""
         return sum(kept.content.n_bytes for kept in self._kept if isinstance(kept.content, CopiedPrompt))
 
-    def prepare(self, llm: Llama, prompt: Sequence[int]) -> None:
-        """Let `llm` hold what is known of `prompt`, and keep copies of it where later prompts may branch off."""
+    def prepare(self, llm: Llama, prompt: Sequence[int], *, comes_again: bool = False) -> None:
+        """Let `llm` hold what is known of `prompt`, and keep copies of it where later prompts may branch off: at its
+        end too, if the same prompt comes again."""
         tokens = np.asarray(prompt, np.int32)
         known = self._recall(llm, tokens)
         points = set()
@@ -67,6 +68,8 @@ class KeptPrompts:
             points.add(known)  # two prompts parted here: there may be more
         if llm.n_tokens < len(tokens) // 2:
             points.add(_before_the_end(llm, len(tokens)))  # of a new text, whose last lines may be a question
+        if comes_again:
+            points.add(len(tokens) - 1)  # the last one is read in any case, for its logits
         for point in sorted(points):
             if llm.n_tokens < point < len(tokens):
                 llm.eval(prompt[llm.n_tokens : point])
@@ -155,13 +158,15 @@ class RememberingLlama(Llama):
 
     #: Copies of what was read, for prompts that come again; None = the running text alone is reused.
     kept_prompts: KeptPrompts | None = None
+    #: Whether the prompt of the next `generate` comes again.
+    comes_again = False
 
     def generate(
         self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens after a prompt, as the parent does."""
         if reset and self.kept_prompts is not None:
-            self.kept_prompts.prepare(self, tokens)
+            self.kept_prompts.prepare(self, tokens, comes_again=self.comes_again)
         yield from super().generate(tokens, *args, reset=reset, **kwargs)
 
 

@@ -1,0 +1,317 @@
+"""What answers of the server hold, and what is left out or refused of a request."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import openai
+import pytest
+from served import HTTP, Serving, serving
+
+from selfextend_gguf import Llama
+from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.server import answering
+from selfextend_gguf.server.app import Settings
+from selfextend_gguf.server.logprobs import Chosen
+from selfextend_gguf.server.models import ServedLlama
+
+# Shows tools, effort and, if told to, begins a thought.
+TEMPLATE = (
+    "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}"
+    "[assistant] {% if thoughtful %}<think>\n{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "Say"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Joppa"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving({"tiny": TINY_MODEL}, ctx=4096, cache=2**28, chat_template=TEMPLATE) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def strict_server():
+    settings = Settings(strict=True, keys=["one", "other"], reasoning_format="none")
+    with serving({"tiny": TINY_MODEL}, ctx=512, settings=settings, chat_template=TEMPLATE) as server:
+        yield server
+
+
+def complete(server: Serving, prompt: object, **more: object) -> dict:
+    response = HTTP.post(f"{server.url}/v1/completions", json={"prompt": prompt, "temperature": 0, **more})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def chat(server: Serving, **more: object) -> dict:
+    body = {"messages": MESSAGES, "temperature": 0, "max_tokens": 8, **more}
+    response = HTTP.post(f"{server.url}/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stream(server: Serving, path: str, **body: object) -> list[str]:
+    """The events of a stream, without the last, which says that it is done."""
+    with HTTP.stream("POST", f"{server.url}/v1/{path}", json={"temperature": 0, "stream": True, **body}) as response:
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        *events, last, rest = response.read().decode().split("\n\n")
+    assert (last, rest) == ("data: [DONE]", "")
+    return events
+
+
+def data_of(events: list[str]) -> list[dict]:
+    return [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: ")]
+
+
+# ---- fields --------------------------------------------------------------------------------------------------
+
+
+def test_unknown_fields_are_left_out_with_one_line_in_the_log(server, caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            chat(server, frobnicate=1, typical_p=0.9, cache_prompt=True, mystery=None)
+    assert [record.message for record in caplog.records] == ["Ignored what is not known in requests: frobnicate"]
+
+
+def test_a_strict_server_refuses_them(strict_server):
+    client = strict_server.client("other")
+    with pytest.raises(openai.BadRequestError, match="frobnicate: unknown parameter"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"frobnicate": 1})
+    client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1, user="me", store=False)
+
+
+@pytest.mark.parametrize(
+    "field", [{"guided_json": {}}, {"guided_json": {"type": "object"}}, {"samplers": ["top_k"]}, {"suffix": "x"}]
+)
+def test_what_would_be_missed_is_refused(server, field):
+    body = {"prompt": "a", "max_tokens": 1, **field}
+    response = HTTP.post(f"{server.url}/v1/completions", json=body)
+    if field == {"guided_json": {}}:  # asks for nothing
+        assert response.status_code == 200
+    else:
+        assert response.status_code == 400
+        assert response.json()["error"]["message"].startswith(f"{next(iter(field))} is not supported: ")
+
+
+def test_samplers_of_llama_cpp_have_an_effect(server):
+    arguments = {"seed": 1, "temperature": 2.0, "max_tokens": 20}
+    plain = complete(server, "And", **arguments)
+    for more in ({"xtc_probability": 1.0, "xtc_threshold": 0.05}, {"top_n_sigma": 0.1}, {"dynatemp_range": 2.0}):
+        assert complete(server, "And", **arguments, **more)["choices"][0]["text"] != plain["choices"][0]["text"]
+    again = complete(server, "And", **arguments)
+    assert again["choices"] == plain["choices"]  # the next request has none of it
+
+
+def test_an_answer_of_at_least_so_many_tokens(server):
+    grammarless = {"max_tokens": 30, "logit_bias": {"0": 100}}  # token 0 ends an answer
+    assert complete(server, "And", **grammarless)["usage"]["completion_tokens"] == 0
+    assert complete(server, "And", **grammarless, min_tokens=7)["usage"]["completion_tokens"] == 7
+    assert complete(server, "And", **grammarless, ignore_eos=True)["usage"]["completion_tokens"] == 30
+
+
+def test_an_answer_to_the_end_of_the_context(strict_server):
+    client = strict_server.client("one")
+    arguments = {"model": "tiny", "prompt": "a" * 490, "extra_body": {"ignore_eos": True}}
+    usage = client.completions.create(**arguments, max_tokens=-1).usage
+    assert usage.total_tokens == 512
+
+
+# ---- beside the text -----------------------------------------------------------------------------------------
+
+
+def test_cached_tokens_and_timings(server, heldout_text):
+    prompt = heldout_text[:700]
+    first, second = (complete(server, prompt, max_tokens=3) for _ in range(2))
+    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < cached < 700
+    timings = second["timings"]
+    assert (timings["cache_n"], timings["prompt_n"], timings["predicted_n"]) == (cached, 700 - cached, 3)
+    assert timings["prompt_ms"] > 0
+    assert timings["predicted_per_second"] > 0
+    chunks = data_of(stream(server, "completions", prompt=prompt, max_tokens=3, stream_options={"include_usage": True}))
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == second["usage"]
+    assert chunks[-2]["timings"].keys() == timings.keys()
+
+
+def test_progress_is_told_if_asked_for(server, heldout_text, monkeypatch):
+    monkeypatch.setattr(answering, "_REPORT_EVERY", 0.0)
+    prompt = heldout_text[2000:4000]
+    chunks = data_of(stream(server, "completions", prompt=prompt, max_tokens=2, return_progress=True))
+    reports = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    assert len(reports) > 5
+    assert {(report["total"], report["cache"]) for report in reports[1:]} == {(2000, 0)}
+    processed = [report["processed"] for report in reports]
+    assert processed == sorted(processed)
+    assert processed[-1] == 2000
+    assert "prompt_progress" not in str(stream(server, "completions", prompt=prompt, max_tokens=2))
+
+
+def test_a_stream_is_alive_while_its_prompt_is_read(server, heldout_text, monkeypatch):
+    monkeypatch.setattr(answering, "KEEP_ALIVE", 0.05)
+    events = stream(server, "completions", prompt=heldout_text[4000:7000], max_tokens=2)
+    comments = [event for event in events if event.startswith(":")]
+    assert len(comments) > 1
+    assert events[: len(comments)] == comments
+    assert len(data_of(events)) == len(events) - len(comments)
+
+
+# ---- several answers, several prompts, probabilities ------------------------------------------------------------
+
+
+def test_several_answers_read_the_prompt_once(server, heldout_text):
+    prompt = heldout_text[100:800]
+    arguments = {"max_tokens": 12, "temperature": 1.5, "seed": 5}
+    answer = complete(server, prompt, n=3, **arguments)
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert texts == [complete(server, prompt, **arguments | {"seed": 5 + i})["choices"][0]["text"] for i in range(3)]
+    assert len(set(texts)) == 3
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (700, 36)
+    assert answer["timings"]["prompt_n"] == 1
+    pieces = ["", "", ""]
+    for chunk in data_of(stream(server, "completions", prompt=prompt, n=3, **arguments)):
+        pieces[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert pieces == texts
+
+
+def test_several_prompts_as_texts_and_as_tokens(server):
+    prompts = ["And Paul said", "In the beginning"]
+    alone = [complete(server, prompt, max_tokens=8)["choices"][0] for prompt in prompts]
+    together = complete(server, prompts, max_tokens=8, echo=True)["choices"]
+    assert [choice["text"] for choice in together] == [p + c["text"] for p, c in zip(prompts, alone, strict=True)]
+    as_tokens = complete(server, [list(prompt.encode()) for prompt in prompts], max_tokens=8)["choices"]
+    assert [choice["text"] for choice in as_tokens] == [choice["text"] for choice in alone]
+    assert complete(server, list(prompts[0].encode()), max_tokens=8)["choices"] == alone[:1]
+
+
+def test_probabilities_are_those_of_the_model(server):
+    llm = Llama(str(TINY_MODEL), n_ctx=4096, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1)
+    wanted = llm("And Paul said", max_tokens=8, temperature=0, logprobs=3)["choices"][0]["logprobs"]
+    llm.close()
+    got = complete(server, "And Paul said", max_tokens=8, logprobs=3)["choices"][0]
+    assert got["logprobs"]["tokens"] == wanted["tokens"]
+    np.testing.assert_allclose(got["logprobs"]["token_logprobs"], wanted["token_logprobs"], atol=1e-3)
+    for mine, theirs in zip(got["logprobs"]["top_logprobs"], wanted["top_logprobs"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    assert got["logprobs"]["text_offset"] == list(range(8))
+    chunks = data_of(stream(server, "completions", prompt="And Paul said", max_tokens=8, logprobs=3))
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks[:-1]]
+    assert [token for piece in streamed for token in piece["tokens"]] == wanted["tokens"]
+    assert [offset for piece in streamed for offset in piece["text_offset"]] == list(range(8))
+
+
+def test_probabilities_end_where_a_stop_string_cuts_the_answer(server):
+    whole = complete(server, "And Paul said", max_tokens=8)["choices"][0]["text"]
+    choice = complete(server, "And Paul said", max_tokens=8, stop=whole[4:6], logprobs=0)["choices"][0]
+    assert choice["text"] == whole[: whole.index(whole[4:6])]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+
+
+def test_probabilities_in_a_chat(server):
+    arguments = {"model": "tiny", "messages": MESSAGES, "max_tokens": 5, "temperature": 0}
+    client = server.client()
+    choice = client.chat.completions.create(**arguments, logprobs=True, top_logprobs=2).choices[0]
+    assert "".join(token.token for token in choice.logprobs.content) == choice.message.content
+    for token in choice.logprobs.content:
+        assert len(token.top_logprobs) == 2
+        assert (token.top_logprobs[0].token, token.top_logprobs[0].logprob) == (token.token, token.logprob)  # greedy
+        assert bytes(token.bytes) == token.token.encode()
+    assert client.chat.completions.create(**arguments).choices[0].logprobs is None
+
+
+# ---- thoughts ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thoughtful(monkeypatch):
+    """Let the model say what a test wants."""
+
+    def says(text: str) -> None:
+        def generate(self, *args, **kwargs):
+            self.answer = []
+            for byte in text.encode():
+                self.answer.append(Chosen(bytes([byte])))
+                yield byte
+            yield 0  # which ends an answer
+
+        monkeypatch.setattr(ServedLlama, "generate", generate)
+
+    return says
+
+
+def test_thoughts_are_kept_apart(server, thoughtful):
+    thoughtful("<think>\nHm, <b>\n</think>\n\nYes")
+    message = chat(server, max_tokens=99)["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Yes", "Hm, <b>")
+    deltas = [c["choices"][0]["delta"] for c in data_of(stream(server, "chat/completions", messages=MESSAGES))]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas).strip() == "Hm, <b>"
+    assert "".join(delta.get("content", "") for delta in deltas) == "Yes"
+
+
+def test_a_thought_that_the_template_begins(server, thoughtful):
+    thoughtful("Hm</think>Yes")
+    message = chat(server, max_tokens=99, chat_template_kwargs={"thoughtful": True})["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Yes", "Hm")
+
+
+def test_thoughts_stay_where_they_are_if_so_asked(server, strict_server, thoughtful):
+    thoughtful("<think>Hm</think>Yes")
+    message = chat(server, max_tokens=99, reasoning_format="none")["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "<think>Hm</think>Yes"}
+    client = strict_server.client("one")  # whose default it is
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES)
+    assert answer.choices[0].message.content == "<think>Hm</think>Yes"
+
+
+def test_an_answer_of_a_form_is_no_thought(server):
+    kwargs = {"thoughtful": True}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    message = chat(server, max_tokens=99, response_format=wanted, chat_template_kwargs=kwargs)["choices"][0]["message"]
+    assert json.loads(message["content"])["city"] in ("Rome", "Joppa")
+    assert "reasoning_content" not in message
+
+
+def test_variables_of_the_template(server):
+    plain = chat(server)["usage"]["prompt_tokens"]
+    assert chat(server, reasoning_effort="high")["usage"]["prompt_tokens"] == plain + len("(high)")
+    thoughtful = chat(server, chat_template_kwargs={"thoughtful": True})
+    assert thoughtful["usage"]["prompt_tokens"] == plain + len("<think>\n")
+    response = HTTP.post(
+        f"{server.url}/v1/chat/completions",
+        json={"messages": MESSAGES, "chat_template_kwargs": {"messages": []}},
+    )
+    assert (response.status_code, "gets messages from" in response.text) == (400, True)
+
+
+# ---- tools ---------------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_call_has_its_name_and_identifier_once(server):
+    arguments = {"messages": MESSAGES, "tools": [TOOL], "tool_choice": "required"}
+    chunks = data_of(stream(server, "chat/completions", **arguments))
+    calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert calls[0]["function"] == {"name": "weather", "arguments": ""}
+    assert calls[0]["id"].startswith("call_")
+    assert len(calls) > 2
+    assert all(call == {"index": 0, "function": {"arguments": call["function"]["arguments"]}} for call in calls[1:])
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    whole = chat(server, max_tokens=None, tools=[TOOL], tool_choice="required")["choices"][0]
+    assert whole["message"]["content"] is None
+    assert whole["message"]["tool_calls"][0]["function"]["arguments"] == "".join(
+        call["function"]["arguments"] for call in calls
+    )
+    cut = chat(server, max_tokens=2, tools=[TOOL], tool_choice="required")["choices"][0]
+    assert cut["finish_reason"] == "length"
