@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from .options import (
     template_options,
     verbose_option,
 )
+from .texts import read_text
 
 
 @click.command()
@@ -29,7 +29,19 @@ from .options import (
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on; 0 = a free one."
 )
-@click.option("--api-key", help="Key that requests must carry; in SX_GGUF_API_KEY other users do not see it.")
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    help="Key that requests must carry, or several; in SX_GGUF_API_KEY other users do not see it.",
+)
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File with such keys, one a line.")
+@click.option(
+    "--cors-origins",
+    metavar="ORIGIN,...",
+    default="",
+    help="Web pages that may use the server, beside those of this machine: https://example.org; * = all.",
+)
 @click.option(
     "--alias", "aliases", multiple=True, help="A model's name for clients, once for each model [its file's name]."
 )
@@ -59,7 +71,9 @@ def serve(
     models: tuple[Path, ...],
     host: str,
     port: int,
-    api_key: str | None,
+    api_keys: tuple[str, ...],
+    api_key_file: Path | None,
+    cors_origins: str,
     aliases: tuple[str, ...],
     ctx: int | None,
     cache_ram: int | None,
@@ -81,18 +95,21 @@ def serve(
         sx-gguf serve small.gguf large.gguf --alias small --alias large --port 9000 --ctx 32768
     """
     try:
+        from selfextend_gguf.server.access import check_keys, check_origins, is_loopback
         from selfextend_gguf.server.app import Settings, create_app
         from selfextend_gguf.server.kept_prompts import KeptPrompts
         from selfextend_gguf.server.models import OneModelAtATime, ServedModel
         from selfextend_gguf.server.run import listen, run
     except ModuleNotFoundError as error:
-        raise click.ClickException(f"the server needs {error.name}: pip install 'selfextend-gguf[server]'") from error
+        missing = (error.name or "").partition(".")[0]
+        raise click.ClickException(f"the server needs {missing}: pip install 'selfextend-gguf[server]'") from error
     names = aliases or tuple(path.name.removesuffix(".gguf") for path in models)
     if len(names) != len(models):
         raise click.UsageError(f"{len(models)} models and {len(names)} aliases: give one --alias for each model")
     if len(set(names)) != len(names):
         raise click.UsageError("two models have the same name; give each an --alias of its own")
-    if api_key is None and not is_loopback(host):
+    keys = check_keys([*api_keys, *_lines_of(api_key_file)])
+    if not keys and not is_loopback(host):
         click.echo(f"Warning: anyone who reaches {host} can use this server: set --api-key", err=True)
 
     verbose = options["verbose"]
@@ -113,7 +130,13 @@ def serve(
         ServedModel.from_file(path, name, ctx, arguments, keep, **template)
         for path, name in zip(map(model_path, models), names, strict=True)
     ]
-    settings = Settings(keys=[] if api_key is None else [api_key], strict=strict, reasoning_format=reasoning_format)
+    settings = Settings(
+        keys=keys,
+        origins=check_origins(cors_origins.split(",") if cors_origins else []),
+        is_local=is_loopback(host) and not keys,
+        strict=strict,
+        reasoning_format=reasoning_format,
+    )
     with listen(host, port) as listener:
         port = listener.getsockname()[1]
         offered = OneModelAtATime(served)
@@ -126,9 +149,11 @@ def serve(
             offered.close()
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _lines_of(file: Path | None) -> list[str]:
+    """The lines of a file of keys, without blank ones. UsageError if there are none."""
+    if file is None:
+        return []
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not lines:
+        raise click.UsageError(f"{file} holds no API key")
+    return lines

@@ -378,7 +378,7 @@ def left_request(url: str, body: dict):
     address = httpx.URL(url)
     content = json.dumps(body).encode()
     with socket.create_connection((address.host, address.port)) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}"
         connection.sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + content)
         yield
 
@@ -456,12 +456,18 @@ def test_a_signal_ends_it_also_while_it_answers(sig, code):
     assert error.splitlines() in ([], ["Interrupted."])
 
 
-def test_a_key_from_the_environment():
-    served = Served(MODEL, "--alias", "mine", SX_GGUF_API_KEY="secret")
+@pytest.mark.parametrize("way", ["environment", "file"])
+def test_keys_from_elsewhere(way, tmp_path):
+    (tmp_path / "keys").write_text("\nsecret\n  other \n")
+    if way == "file":
+        served = Served(MODEL, "--alias", "mine", "--api-key-file", str(tmp_path / "keys"))
+    else:
+        served = Served(MODEL, "--alias", "mine", SX_GGUF_API_KEY="secret other")
     try:
-        assert [m.id for m in served.client("secret").models.list()] == ["mine"]
+        for key in ("secret", "other"):
+            assert [m.id for m in served.client(key).models.list()] == ["mine"]
         with pytest.raises(openai.AuthenticationError):
-            served.client("other").models.list()
+            served.client("secret other").models.list()
     finally:
         served.end()
 
@@ -489,6 +495,12 @@ def test_an_address_in_use(one_line_error):
         ([MODEL, "--alias", "a", "--alias", "b"], "1 models and 2 aliases"),
         ([MODEL, "-c", "1000000"], "beyond the reach of Self-Extend"),
         ([MODEL, "--port", "70000"], "70000 is not in the range"),
+        ([MODEL, "--api-key", ""], "API key 1 is empty"),
+        ([MODEL, "--api-key", "a", "--api-key", "b c"], "API key 2 is empty, or has blanks"),
+        ([MODEL, "--api-key-file", "missing"], "missing"),
+        ([MODEL, "--api-key-file", "/dev/null"], "/dev/null is empty"),
+        ([MODEL, "--cors-origins", "https://a.example,b.example"], "'b.example' is no origin"),
+        ([MODEL, "--cors-origins", "https://a.example/page"], "is no origin"),
         ([], "Missing argument 'MODEL...'"),
     ],
 )

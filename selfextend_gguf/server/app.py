@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 
-from selfextend_gguf.server.access import KeyChecker
+from selfextend_gguf.server.access import Cors, KeyChecker, LocalGuard
 from selfextend_gguf.server.answering import Read, Said, events
 from selfextend_gguf.server.errors import ErrorReporter, describe_error
 from selfextend_gguf.server.fields import FieldChecker
@@ -30,6 +30,8 @@ class Settings:
     """How requests are taken."""
 
     keys: Sequence[str] = ()  #: of which requests carry one; none = anyone may ask
+    origins: Sequence[str] = ()  #: of web pages that may ask, beside this machine's
+    is_local: bool = False  #: whether requests in other names than this machine's, or by other pages, are refused
     strict: bool = False  #: whether unknown fields are refused
     reasoning_format: Literal["auto", "none"] = "auto"  #: whether thoughts are kept apart from answers
 
@@ -65,6 +67,9 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, report)
     app.add_middleware(ErrorReporter, verbose=verbose)
+    if settings.is_local:
+        app.add_middleware(LocalGuard, origins=settings.origins)
+    app.add_middleware(Cors, origins=settings.origins)
     with_key = [Depends(KeyChecker(settings.keys))]
     check_fields = FieldChecker(settings.strict)
 
