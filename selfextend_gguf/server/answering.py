@@ -112,7 +112,7 @@ async def events(models: OneModelAtATime, job: Job) -> AsyncIterator[Read | Said
 
     async def work() -> None:
         try:
-            async with models.turn:
+            async with models.turn():
                 await run_in_threadpool(answer, models, job, tell)
         except Exception as error:
             queue.put_nowait(error)

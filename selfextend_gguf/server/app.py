@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from selfextend_gguf.server.access import Cors, KeyChecker, LocalGuard
 from selfextend_gguf.server.answering import Read, Said, events
@@ -19,9 +19,11 @@ from selfextend_gguf.server.errors import ErrorReporter, describe_error
 from selfextend_gguf.server.fields import FieldChecker
 from selfextend_gguf.server.forms import ChatForm, CompletionForm, Form
 from selfextend_gguf.server.jobs import Job, chat_job, completion_job, tool_to_call
+from selfextend_gguf.server.metrics import Metrics
 from selfextend_gguf.server.models import OneModelAtATime
 from selfextend_gguf.server.requests import ChatRequest, CompletionRequest
 from selfextend_gguf.server.requests import Request as Body
+from selfextend_gguf.server.texts import text_router
 from selfextend_gguf.server.work import DisconnectWatcher
 
 
@@ -71,10 +73,11 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         app.add_middleware(LocalGuard, origins=settings.origins)
     app.add_middleware(Cors, origins=settings.origins)
     with_key = [Depends(KeyChecker(settings.keys))]
+    metrics = Metrics(models)
     check_fields = FieldChecker(settings.strict)
 
     async def complete(body: Body, job: Job, form: Form) -> Any:
-        happened = events(models, job)
+        happened = metrics.counted(events(models, job))
         if body.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(as_events(form, body, happened), media_type="text/event-stream", headers=headers)
@@ -108,7 +111,15 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         return models.find(name).describe()
 
     @app.api_route("/health", methods=["GET", "HEAD"])
-    async def health() -> dict[str, Any]:
-        return {"status": models.status, "busy": models.turn.locked()}
+    async def health() -> JSONResponse:
+        # Another model than the first is loaded for who asks for it; the server is there for all the others.
+        status = 200 if models.has_loaded else 503
+        return JSONResponse({"status": models.status, "busy": models.is_busy}, status)
+
+    @app.get("/metrics", dependencies=with_key)
+    async def metrics_text() -> Response:
+        return metrics.response()
+
+    app.include_router(text_router(models), dependencies=with_key)
 
     return app

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,12 @@ class ServedLlama(RememberingLlama):
 
 
 class OneModelAtATime:
-    """The models, of which one is loaded. Whoever holds `turn` works with it."""
+    """The models, of which one is loaded. Whoever has the turn works with it."""
 
     def __init__(self, models: list[ServedModel]) -> None:
-        self.turn = asyncio.Lock()  #: given in the order in which it is asked for
+        self.n_waiting = 0  #: who wait for their turn
+        self.has_loaded = False  #: whether a model was ever loaded
+        self._turn = asyncio.Lock()
         self._models = {model.alias: model for model in models}
         self._default = models[0].alias
         self._alias: str | None = None
@@ -115,6 +118,24 @@ class OneModelAtATime:
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """The turn, given in the order in which it is asked for."""
+        self.n_waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self.n_waiting -= 1
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether someone has the turn."""
+        return self._turn.locked()
 
     @property
     def status(self) -> str:
@@ -147,6 +168,7 @@ class OneModelAtATime:
             self.close()
             llm = self._llm = model.load()
             self._alias = model.alias
+            self.has_loaded = True
             return llm
         finally:
             self._loading.clear()
