@@ -139,6 +139,9 @@ def test_cached_tokens_and_timings(server, heldout_text):
     assert (timings["cache_n"], timings["prompt_n"], timings["predicted_n"]) == (cached, 700 - cached, 3)
     assert timings["prompt_ms"] > 0
     assert timings["predicted_per_second"] > 0
+    complete(server, heldout_text[8000:8600], max_tokens=3)  # a copy of the first text is kept
+    assert complete(server, prompt, max_tokens=3)["usage"]["prompt_tokens_details"]["cached_tokens"] > 300
+    complete(server, prompt, max_tokens=3)
     chunks = data_of(stream(server, "completions", prompt=prompt, max_tokens=3, stream_options={"include_usage": True}))
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"] == second["usage"]
