@@ -55,7 +55,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, pretend):
     first = run(tmp_path, *arguments, "--methods", *methods[:3])
     assert "yarn |" not in first
     one_more = run(tmp_path, *arguments, "--methods", *methods)
-    assert one_more.count("\n| ") == first.count("\n| ") + 1
+    assert one_more.count("\n| ") == first.count("\n| ") + 2  # in the summary, and in the group
 
     def read_again(*_):
         raise AssertionError("read again")
@@ -95,3 +95,23 @@ def test_a_result_depends_on_the_texts_content(tmp_path):
     kept.measured(setting.what("plain"), lambda: 1)
     text.write_text("two")
     assert not kept.has(setting.what("plain"))
+
+
+def test_the_summary_marks_what_is_not_beaten(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("")
+    noise = np.random.default_rng(0).normal(0, 0.02, 400)
+    noise -= noise.mean()
+
+    def told(loss: float, found: int) -> list[study.Reading]:
+        losses = loss + noise if loss != 2 else np.full(400, 2.0)
+        return [study.Reading(losses, losses, [True] * found + [False] * (40 - found))]
+
+    readings = {"plain": told(2, 40), "selfextend": told(2.1, 20), "yarn": told(2.1, 19), "window": told(2.3, 2)}
+    pretended = study.Group(study.Setting(MODEL, 64, 256, text), 64, [text], readings, [])
+    trained = study.Group(study.Setting(MODEL, 0, 256, text), 64, [text], readings | {"plain": told(9, 0)}, [])
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in study.summary([pretended, trained]).splitlines()]
+    assert rows[2] == ["plain", "1.000, 100%", "812, 0%", "0 and 0 of 1"]
+    assert rows[3] == ["selfextend", "**1.105**, **50%**", "**0.819**, **50%**", "2 and 2 of 2"]
+    assert rows[4] == ["yarn", "**1.105**, **48%**", "**0.819**, **48%**", "2 and 2 of 2"]
+    assert rows[5] == ["window", "1.350, 5%", "1.000, 5%", "0 and 0 of 2"]

@@ -17,7 +17,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,15 @@ called again, it goes on.
 * *Keys*: {n_keys} sentences with a secret number stand evenly in each text and are asked for one by one at its end.
   The measure's own count is what the model can do at best. Intervals hold 95 %.
 * `linear`, `ntk` and `yarn` are llama.cpp's RoPE scaling, stretched to the length of the text; `window` is truncation
-  to the latest trained context, `loop` is llama.cpp's own Self-Extend.
+  to the latest trained context, `loop` is llama.cpp's own Self-Extend. The others are schedules (`schedules.md`).
+"""
+
+SUMMARY = """## Where each method wins
+
+Perplexity in relation to the measure, and the share of the keys that was found. **Bold** is what no method beats by
+more than its error: one standard error of the perplexity, the interval of the keys. Plain reading that is the measure
+takes no part: of a model that was trained on so little it would not be to be had. The last column counts the bold ones,
+of the columns in which the method was measured.
 """
 
 
@@ -169,71 +177,131 @@ def measure_of(setting: Setting) -> str:
     return "plain" if setting.pretend else "window"
 
 
-def table(readings: dict[str, list[Reading]], measure: str) -> str:
+@dataclass(frozen=True)
+class Group:
+    """What all methods made of the same texts, with the same model."""
+
+    setting: Setting  # of the first text
+    n_ctx_train: int
+    texts: list[Path]
+    readings: Mapping[str, list[Reading]]  # of each text, by method
+    missing: list[str]  # methods that have not read all of them
+
+    @property
+    def measure(self) -> str:
+        return measure_of(self.setting)
+
+    @property
+    def cache(self) -> str:
+        return "" if self.setting.cache_type == "f16" else f", {self.setting.cache_type} cache"
+
+    @property
+    def name(self) -> str:
+        trained = f"{'as if ' if self.setting.pretend else ''}trained on {self.n_ctx_train}"
+        return f"{self.setting.model.stem}, {trained}: {self.setting.n_tokens} tokens{self.cache}"
+
+    @property
+    def short_name(self) -> str:
+        return f"{self.setting.model.stem.split('-')[0]}, {self.n_ctx_train} to {self.setting.n_tokens}{self.cache}"
+
+    def losses(self, method: str) -> Losses:
+        return np.concatenate([reading.losses for reading in self.readings[method]])
+
+    def found(self, method: str) -> list[bool]:
+        return [key for reading in self.readings[method] for key in reading.found]
+
+
+def summary(groups: Sequence[Group]) -> str:
+    """One line a method, one column a group; plain reading first, then the default, then those that win most."""
+    cells: dict[str, list[str]] = {}
+    wins: dict[str, list[tuple[bool, bool]]] = {}
+    for number, group in enumerate(groups):
+        rivals = [method for method in group.readings if not (group.setting.pretend and method == group.measure)]
+        lowest = min((group.losses(method) for method in rivals), key=lambda losses: float(losses.mean()))
+        most = max(float(np.mean(group.found(method))) for method in rivals)
+        for method in group.readings:
+            losses, found = group.losses(method), group.found(method)
+            ratio, behind = perplexity_ratio(losses, group.losses(group.measure)), perplexity_ratio(losses, lowest)
+            share = float(np.mean(found))
+            words = [str(ratio).partition(" ")[0], f"{share:.0%}"]
+            if method in rivals:
+                is_unbeaten = (behind.value - behind.error <= 1, wilson_interval(share, len(found))[1] >= most)
+                wins.setdefault(method, []).append(is_unbeaten)
+                words = [f"**{word}**" if flag else word for word, flag in zip(words, is_unbeaten, strict=True)]
+            cells.setdefault(method, [""] * len(groups))[number] = ", ".join(words)
+    rows = [
+        f"| method | {' | '.join(group.short_name for group in groups)} | wins |",
+        f"|---|{'---|' * len(groups)}---|",
+    ]
+    for method in sorted(cells, key=lambda m: (m != "plain", m != SELF_EXTEND, -sum(map(sum, wins.get(m, []))))):
+        perplexities, keys = (sum(flags) for flags in zip(*wins.get(method, [(False, False)]), strict=True))
+        won = f"{perplexities} and {keys} of {len(wins[method])}" if method in wins else ""
+        rows.append(f"| {method} | {' | '.join(cells[method])} | {won} |")
+    return "\n".join(rows)
+
+
+def table(group: Group) -> str:
     """One line a method that has read the texts; all texts in a row."""
     rows = ["| method | perplexity | against Self-Extend | keys |", "|---|---:|---:|---:|"]
-
-    def losses(method: str) -> Losses:
-        return np.concatenate([r.losses for r in readings[method]])
-
-    for method in sorted(readings, key=lambda m: (m != measure, float(losses(m).mean()))):
-        found = [key for r in readings[method] for key in r.found]
+    for method in sorted(group.readings, key=lambda m: (m != group.measure, float(group.losses(m).mean()))):
+        losses, found = group.losses(method), group.found(method)
         low, high = wilson_interval(float(np.mean(found)), len(found))
         keys = f"{sum(found)} of {len(found)} ({low:.2f} to {high:.2f})"
-        ratio = "(measure)" if method == measure else str(perplexity_ratio(losses(method), losses(measure)))
-        against = "" if method == SELF_EXTEND else str(perplexity_ratio(losses(method), losses(SELF_EXTEND)))
+        is_measure = method == group.measure
+        ratio = "(measure)" if is_measure else str(perplexity_ratio(losses, group.losses(group.measure)))
+        against = "" if method == SELF_EXTEND else str(perplexity_ratio(losses, group.losses(SELF_EXTEND)))
         rows.append(f"| {method} | {ratio} | {against} | {keys} |")
     return "\n".join(rows)
 
 
-def draw(readings: dict[str, list[Reading]], measure: str, file: Path, title: str) -> None:
+def draw(group: Group, file: Path) -> None:
     """Perplexity in relation to the measure by position, in 16 parts of the text; what is far off is left out."""
+    measured = group.readings[group.measure]
 
     def curve(method: str) -> tuple[list[float], list[float]]:
-        ratios = np.stack(
-            [mine.by_position - its.by_position for mine, its in zip(readings[method], readings[measure], strict=True)]
-        )
+        pairs = zip(group.readings[method], measured, strict=True)
+        ratios = np.stack([mine.by_position - its.by_position for mine, its in pairs])
         parts = np.array_split(np.arange(ratios.shape[1]), 16)
         points = [(float(part.mean()), math.exp(float(np.nanmean(ratios[:, part])))) for part in parts]
         shown = [(x, y) for x, y in points if y < 1.3]
         return [x for x, _ in shown], [y for _, y in shown]
 
-    methods = [method for method in readings if method != measure]
-    plot_curves({m: curve(m) for m in methods}, file, title, "position in the text (tokens)", f"ratio to {measure}")
+    curves = {method: curve(method) for method in group.readings if method != group.measure}
+    plot_curves(curves, file, group.name, "position in the text (tokens)", f"ratio to {group.measure}")
 
 
-def name_of(setting: Setting, n_ctx_train: int) -> str:
-    trained = f"as if trained on {setting.pretend}" if setting.pretend else f"trained on {n_ctx_train}"
-    cache = "" if setting.cache_type == "f16" else f", {setting.cache_type} cache"
-    return f"{setting.model.stem}, {trained}: {setting.n_tokens} tokens{cache}"
+def group_of(kept: Kept, settings: Sequence[Setting], methods: Sequence[str]) -> Group | None:
+    """What was measured of settings that differ in the text alone; None without the measure and the default."""
+    first = settings[0]
+    with ModelInfo(first.model) as info:
+        n_ctx_train = first.pretend or info.n_ctx_train
+    done = [s for s in settings if all(kept.has(s.what(m)) for m in (measure_of(first), SELF_EXTEND))]
+    if not done:
+        return None
+    readings: dict[str, list[Reading]] = {}
+    missing = []
+    for method in dict.fromkeys([measure_of(first), SELF_EXTEND, *methods]):
+        results = [kept.get(s.what(method)) for s in done]
+        if all(results):
+            readings[method] = [reading(result, n_ctx_train) for result in results]
+        else:
+            missing.append(method)
+    return Group(first, n_ctx_train, [s.text for s in done], readings, missing)
 
 
-def document(
-    kept: Kept, groups: Sequence[Sequence[Setting]], methods: Sequence[str], out: Path, *, machine: str, command: str
-) -> str:
-    """The text of real-models.md, of what was measured; its pictures are drawn."""
-    parts = [HEAD.format(machine=f" on {machine}" if machine else "", command=command, n_keys=groups[0][0].n_keys)]
+def document(groups: Sequence[Group], out: Path, *, machine: str, command: str, n_keys: int) -> str:
+    """The text of real-models.md; its pictures are drawn."""
+    parts = [HEAD.format(machine=f" on {machine}" if machine else "", command=command, n_keys=n_keys)]
+    if groups:
+        parts += [SUMMARY, summary(groups), ""]
     for group in groups:
-        first = group[0]
-        with ModelInfo(first.model) as info:
-            n_ctx_train = first.pretend or info.n_ctx_train
-        measure = measure_of(first)
-        done = [s for s in group if all(kept.has(s.what(m)) for m in (measure, SELF_EXTEND))]
-        if not done:
-            continue
-        readings, partly = {}, []
-        for method in dict.fromkeys([measure, SELF_EXTEND, *methods]):
-            results = [kept.get(s.what(method)) for s in done]
-            if all(results):
-                readings[method] = [reading(result, n_ctx_train) for result in results]
-            else:
-                partly.append(method)
-        name = name_of(first, n_ctx_train)
-        picture = f"{first.model.stem}-{first.pretend or n_ctx_train}-{first.n_tokens}-{first.cache_type}.png"
-        parts += [f"## {name}", "", f"Texts: {', '.join(s.text.name for s in done)}.", "", table(readings, measure), ""]
-        if partly:
-            parts += [f"Not measured, or out of reach: {', '.join(partly)}.", ""]
-        draw(readings, measure, out / picture, name)
+        setting = group.setting
+        picture = f"{setting.model.stem}-{group.n_ctx_train}-{setting.n_tokens}-{setting.cache_type}.png"
+        parts += [f"## {group.name}", "", f"Texts: {', '.join(text.name for text in group.texts)}.", ""]
+        parts += [table(group), ""]
+        if group.missing:
+            parts += [f"Not measured, or out of reach: {', '.join(group.missing)}.", ""]
+        draw(group, out / picture)
         parts += [f"![perplexity by position]({picture})", ""]
     return "\n".join(parts)
 
@@ -265,8 +333,8 @@ def main(argv: list[str] | None = None) -> None:
                 for cache_type in args.cache_type:
                     n = times * n_ctx_train
                     groups.append([Setting(model, pretend, n, text, cache_type, args.keys) for text in args.text])
-    for group in [] if args.write_only else groups:
-        for setting in group:
+    for settings in [] if args.write_only else groups:
+        for setting in settings:
             # What the others are compared with comes first, so that an interrupted study has something to say.
             for method in dict.fromkeys([measure_of(setting), SELF_EXTEND, *args.methods]):
                 what = setting.what(method)
@@ -286,7 +354,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     ]
     command = " ".join([*(model.name for model in args.models), *names, "--kept", args.kept.name])
-    text = document(kept, groups, args.methods, args.out, machine=args.machine, command=command)
+    found = (group_of(kept, settings, args.methods) for settings in groups)
+    measured = [group for group in found if group is not None]
+    text = document(measured, args.out, machine=args.machine, command=command, n_keys=args.keys)
     (args.out / "real-models.md").write_text(text, encoding="utf-8")
 
 
