@@ -79,3 +79,16 @@ def test_truncation_keeps_the_end_within_the_trained_context():
         kept = study.latest(info, PARAGRAPHS, 100)
         assert PARAGRAPHS.endswith(kept)
         assert len(info.tokenizer.tokens(kept, begins=False)) == 100
+
+
+def test_a_part_of_the_text_holds_the_fact_of_its_question(files):
+    text, questions = study.load(*files)
+    with study.ModelInfo(MODEL) as info:
+        parts, placed = study.around(info, text, questions, 300)
+        assert [len(info.tokenizer.tokens(part, begins=False)) for part in parts] == [300] * 3
+        whole, unmoved = study.around(info, text, questions, 10**6)
+    for part, question, fact in zip(parts, placed, (PARAGRAPHS[at : at + 30] for at in (10, 420, 700)), strict=True):
+        assert part in text and abs(part.index(fact) - question.place * 300) < 2
+    assert [question.third for question in placed] == ["first", "middle", "last"]
+    assert whole == [text] * 3
+    assert [question.place for question in unmoved] == pytest.approx([q.place for q in questions], abs=0.01)

@@ -3,7 +3,8 @@
     python -m selfextend_gguf.studies.answers MODEL.gguf --document policy.txt --kept kept.jsonl
 
 The questions and the words that a right answer must hold are in tests/data/answers.json. A document is read once by
-each method; for every question the cache goes back to its end. Results are kept as they come: a second call goes on.
+each method; for every question the cache goes back to its end. With --around a question is asked about so many tokens
+of the document, for models that find nothing in more. Results are kept as they come: a second call goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,12 @@ METHODS = (PAGE_ALONE, "selfextend", "dca", "restart", "yarn", TRUNCATED, "plain
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a fact of the document."""
+    """A question about a fact of a text."""
 
     text: str
     words: tuple[str, ...]  # all of them are in a right answer
     page: str  # the paragraphs around the fact
-    place: float  # of the fact in the document, 0 to 1
+    place: float  # of the fact in the text, 0 to 1
 
     @property
     def third(self) -> str:
@@ -88,15 +89,38 @@ def latest(info: ModelInfo, text: str, n_tokens: int) -> str:
     return info.tokenizer.detokenize(tokens[-n_tokens:]).decode("utf-8", "ignore")
 
 
+def around(
+    info: ModelInfo, text: str, questions: Sequence[Question], n_tokens: int
+) -> tuple[list[str], list[Question]]:
+    """For each question `n_tokens` of the text that hold the fact, and where in them it stands: evenly from their
+    beginning to their end, one question after the other."""
+    tokens = info.tokenizer.tokens(text, begins=False)
+    n_tokens = min(n_tokens, len(tokens))
+    parts, placed = [], []
+    for number, question in enumerate(questions):
+        at = len(info.tokenizer.tokens(text[: int(question.place * len(text))], begins=False))
+        begin = at - int((number + 0.5) / len(questions) * n_tokens)
+        begin = max(0, min(begin, len(tokens) - n_tokens))
+        parts.append(info.tokenizer.detokenize(tokens[begin : begin + n_tokens]).decode("utf-8", "ignore"))
+        placed.append(replace(question, place=(at - begin) / n_tokens))
+    return parts, placed
+
+
 def ask(
-    model: Path, method: str, text: str, questions: Sequence[Question], pretend: int | None, n_threads: int | None
+    model: Path,
+    method: str,
+    texts: Sequence[str],
+    questions: Sequence[Question],
+    pretend: int | None,
+    n_threads: int | None,
 ) -> dict[str, Any]:
-    """The answers by a method of METHODS, as JSON can hold them."""
+    """The answers by a method of METHODS to one question about each text, as JSON can hold them."""
     arguments = pretended(model, pretend)
     with ModelInfo(model, **arguments) as info:
-        if method == TRUNCATED:
-            text = latest(info, text, info.n_ctx_train - ROOM)
-        texts = [question.page if method == PAGE_ALONE else text for question in questions]
+        if method == PAGE_ALONE:
+            texts = [question.page for question in questions]
+        elif method == TRUNCATED:
+            texts = [latest(info, text, info.n_ctx_train - ROOM) for text in texts]
         prompts = [
             make_prompt(info, f"{shown.rstrip()}\n\n{question.text}").tokens
             for shown, question in zip(texts, questions, strict=True)
@@ -150,10 +174,10 @@ QUESTION --temp 0` asks them: document and question as one message in the model'
 right if it holds the words that a right answer must hold; both are in `tests/data/answers.json`. Of the questions that
 were tried, most of those were chosen that the model answers with the page alone, and none that it answers without it.
 
-* *page alone*: the paragraphs around the fact are the whole prompt. It is what the model can do at best: a model of
-  this size fails at many questions with the answer before its eyes.
-* *truncated*: the end of the document that fits into the trained context, as programs do that cut what is too long.
-* *plain*: the whole document, llama.cpp as it is.
+* *page alone*: the paragraphs around the fact are the whole prompt. It is what the model can do at best.
+* *truncated*: the end of the text that fits into the trained context, as programs do that cut what is too long.
+* *plain*: the whole text, llama.cpp as it is. For a model that is read as if it were trained on fewer tokens than it
+  was, this is what the others should equal.
 * The others are schedules of this project (`selfextend` is the default) and llama.cpp's YaRN.
 
 Intervals hold 95 %.
@@ -175,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="GGUF file")
     parser.add_argument("--document", required=True, type=Path, help="UTF-8 text")
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
-    parser.add_argument("--pretend", nargs="+", type=int, default=[0], help="trained contexts to pretend; 0 = its own")
+    parser.add_argument("--pretend", type=int, help="trained context to pretend, in tokens")
+    parser.add_argument("--around", nargs="+", type=int, default=[0], help="tokens around a fact; 0 = all the document")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument(
         "--kept", type=Path, required=True, help="file that keeps results; those in it are not repeated"
@@ -183,39 +208,45 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of answers.md")
     parser.add_argument("--machine", default="", help="what it was measured on, for the document")
+    parser.add_argument("--write-only", action="store_true", help="measure nothing, write what is kept")
     args = parser.parse_args(argv)
-    text, questions = load(args.questions, args.document)
+    whole, questions = load(args.questions, args.document)
     kept = Kept(args.kept)
     parts = []
-    for pretend in args.pretend:
-        right, answers = {}, {}
+    for n_tokens in args.around:
+        with ModelInfo(args.model, **pretended(args.model, args.pretend)) as info:
+            about = f"{n_tokens} tokens around each fact" if n_tokens else f"{len(info.tokenizer.tokens(whole))} tokens"
+            texts, placed = [whole] * len(questions), questions
+            if n_tokens:
+                texts, placed = around(info, whole, questions, n_tokens)
+            as_if = "as if trained" if args.pretend else "trained"
+            parts.append(f"\n## {args.model.stem}, {as_if} on {info.n_ctx_train}: {about}\n")
+        right = {}
         for method in args.methods:
             what = {
                 "model": args.model.name,
                 "bytes": args.model.stat().st_size,
-                "pretend": pretend,
-                "text": zlib.crc32(text.encode()),
+                "pretend": args.pretend,
+                "texts": zlib.crc32("\0".join(texts).encode()),
                 "questions": [question.text for question in questions],
                 "method": method,
             }
+            if args.write_only and not kept.has(what):
+                continue
             is_new = not kept.has(what)
-            measure = partial(ask, args.model, method, text, questions, pretend or None, args.threads)
+            measure = partial(ask, args.model, method, texts, questions, args.pretend, args.threads)
             result = kept.measured(what, measure)
-            answers[method] = result["answers"]
             right[method] = [holds(a, q.words) for a, q in zip(result["answers"], questions, strict=True)]
             if is_new:
-                print(pretend, method, f"{sum(right[method])} of {len(questions)}, {result['seconds']} s")
+                print(about, method, f"{sum(right[method])} of {len(questions)}, {result['seconds']} s")
                 sys.stdout.flush()
-        with ModelInfo(args.model, **pretended(args.model, pretend or None)) as info:
-            n_tokens = len(info.tokenizer.tokens(text))
-            as_if = "as if trained" if pretend else "trained"
-            parts.append(f"\n## {args.model.stem}, {as_if} on {info.n_ctx_train}: {n_tokens} tokens\n")
-        parts += [table(right, questions), ""]
+        parts += [table(right, placed), ""]
     asked = json.loads(args.questions.read_text(encoding="utf-8"))
-    pretends = " ".join(map(str, args.pretend))
+    pretend = f" --pretend {args.pretend}" if args.pretend else ""
+    command = f"{args.model.name} --document {args.document.name}{pretend} --around {' '.join(map(str, args.around))}"
     head = HEAD.format(
         machine=f" on {args.machine}" if args.machine else "",
-        command=f"{args.model.name} --document {args.document.name} --pretend {pretends} --kept {args.kept.name}",
+        command=f"{command} --kept {args.kept.name}",
         n_questions=len(questions),
         **{name: asked[name].splitlines()[0] for name in ("document", "begin", "end")},
     )
