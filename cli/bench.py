@@ -15,6 +15,7 @@ import click
 from selfextend_gguf.evaluation import bench as measure
 from selfextend_gguf.evaluation.bench import BenchResult
 from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.stores import name_of
 
 from .options import FLASH_ATTN, ModelName, at_most_one, flash_attn_option
 
@@ -65,17 +66,18 @@ def bench(
             path = Path(folder) / "smollm-135m-random.gguf"
             measure.write_random_model(path, measure.SMOLLM_135M)
         result = measure.run(path, length, predict, repeat, threads, FLASH_ATTN[flash_attn])
+    name = name_of(path)
     if as_json or output == "json":
-        click.echo(json.dumps({"model": path.name, "length": length, "predict": predict} | asdict(result)))
+        click.echo(json.dumps({"model": name, "length": length, "predict": predict} | asdict(result)))
     elif output == "csv":
-        csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *rows(result, path.name, length, predict)])
+        csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *rows(result, name, length, predict)])
     elif output == "md":
         click.echo("| " + " | ".join(COLUMNS) + " |")
         click.echo("|---|---|---:|---:|---:|---|")
-        for row in rows(result, path.name, length, predict):
+        for row in rows(result, name, length, predict):
             click.echo("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row) + " |")
     else:
-        show(result, path.name, length, predict, repeat)
+        show(result, name, length, predict, repeat)
 
 
 COLUMNS = ("model", "measured", "Self-Extend", "llama.cpp", "ratio", "unit")

@@ -30,6 +30,7 @@ from selfextend_gguf.generate import Piece, Timings
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context
+from selfextend_gguf.stores import name_of
 
 from .answer_options import KEYS, NAMES, AnswerOptions
 from .colours import coloured
@@ -128,7 +129,7 @@ def chat(
             conversation = Conversation(llm, info, system=system, raw=raw, special=special)
             dialogue = Dialogue(conversation, llm, info, answers)
             if is_terminal:
-                note(f"{model.name}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}). /help for help.")
+                note(f"{name_of(model)}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}). /help for help.")
             if conversation.raw and not raw:
                 note("The model has no chat template: texts are continued as they are.")
             for document in documents:

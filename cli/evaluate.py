@@ -27,6 +27,7 @@ from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import DEMO_TEXT
 from selfextend_gguf.planning import PARAMETERS, context_within, longest_context, whole_cells
 from selfextend_gguf.schedule import LONGEST, SCHEDULES
+from selfextend_gguf.stores import name_of
 
 from .errors import EXIT_INTERRUPTED
 from .options import (
@@ -172,7 +173,7 @@ def ppl(
         raise click.exceptions.Exit(EXIT_INTERRUPTED)
     if plot is not None and results:  # last: a file that cannot be written loses nothing
         with new_file(plot) as (picture, _):
-            plot_perplexity(results, picture, f"{model.name} on {file.name}", n_ctx_train)
+            plot_perplexity(results, picture, f"{name_of(model)} on {file.name}", n_ctx_train)
 
 
 def ppl_records(results: Sequence[LengthResult]) -> list[dict[str, Any]]:
@@ -271,7 +272,7 @@ def passkey(
     if plot is not None:  # last: a file that cannot be written loses nothing
         rows = list(dict.fromkeys(cell.depth for cell in cells))
         scores = np.array([[cell.score for cell in cells if cell.depth == depth] for depth in rows])
-        title = f"{task}: {model.name}, {'plain llama.cpp' if plain else 'Self-Extend'}"
+        title = f"{task}: {name_of(model)}, {'plain llama.cpp' if plain else 'Self-Extend'}"
         with new_file(plot) as (picture, _):
             plot_retrieval(scores, lengths, [0.5 if depth is None else depth for depth in rows], picture, title)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 import psutil
 
-from selfextend_gguf.stores import model_path
+from selfextend_gguf.stores import is_name, model_path
 
 from .options import (
     at_most_one,
@@ -43,7 +43,10 @@ from .texts import read_text
     help="Web pages that may use the server, beside those of this machine: https://example.org; * = all.",
 )
 @click.option(
-    "--alias", "aliases", multiple=True, help="A model's name for clients, once for each model [its file's name]."
+    "--alias",
+    "aliases",
+    multiple=True,
+    help="A model's name for clients, once for each model [its name, or its file's].",
 )
 @context_option
 @click.option(
@@ -103,7 +106,7 @@ def serve(
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         raise click.ClickException(f"the server needs {missing}: pip install 'selfextend-gguf[server]'") from error
-    names = aliases or tuple(path.name.removesuffix(".gguf") for path in models)
+    names = aliases or tuple(str(m) if is_name(m) else m.name.removesuffix(".gguf") for m in models)
     if len(names) != len(models):
         raise click.UsageError(f"{len(models)} models and {len(names)} aliases: give one --alias for each model")
     if len(set(names)) != len(names):

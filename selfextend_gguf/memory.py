@@ -16,8 +16,9 @@ import psutil
 from selfextend_gguf.adapters import adapters_of
 from selfextend_gguf.errors import MemoryTightWarning, NotEnoughMemoryError
 from selfextend_gguf.kv_cache import KV_TYPES, kv_cache_bytes, per_layer
-from selfextend_gguf.model_info import ModelInfo, SplitName
+from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import CELL_MULTIPLE, whole_cells
+from selfextend_gguf.stores.files import parts_of
 
 _LARGEST_STEP = 512  # tokens llama.cpp computes at once (n_ubatch) unless told otherwise
 _PAGE = 4096  # bytes
@@ -96,9 +97,7 @@ def gib(n_bytes: int) -> str:
 
 def weights_bytes(path: Path) -> int:
     """Size of a model file, or of all parts of a split one."""
-    name = SplitName.of(path)
-    parts = [path] if name is None else [name.path_of(n, path.parent) for n in range(1, name.count + 1)]
-    return sum(part.stat().st_size for part in parts if part.exists())
+    return sum(part.stat().st_size for part in parts_of(path) if part.exists())
 
 
 def demand_of(info: ModelInfo, n_ctx: int, n_batch: int, *, flash_attn: bool | None = None, **arguments: Any) -> Demand:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from selfextend_gguf.checks import path as check_path
 from selfextend_gguf.errors import ModelFileError
 from selfextend_gguf.handles import Model
 from selfextend_gguf.kv_cache import kv_cache_bytes
+from selfextend_gguf.stores.files import SplitName
 from selfextend_gguf.tokenizer import Tokenizer
 
 _MAGIC = b"GGUF"
@@ -28,7 +28,8 @@ def check_is_gguf(path: str | Path) -> None:
     """Raise ModelFileError unless there is a file that begins as GGUF files do."""
     path = Path(path)
     if not path.exists():
-        raise ModelFileError(f"Model path does not exist: {path}")
+        leads = f" (it leads to {path.readlink()}, which is not there)" if path.is_symlink() else ""
+        raise ModelFileError(f"Model path does not exist: {path}{leads}")
     if path.is_dir():
         raise ModelFileError(f"{path} is a directory, not a GGUF file")
     try:
@@ -50,25 +51,6 @@ def model_file_error(path: str | Path, reason: str = "") -> ModelFileError:
         return error
     reason = reason.removeprefix("error loading model: ") or "llama.cpp does not say why"
     return _split_error(Path(path), reason) or ModelFileError(f"Failed to load model from file: {path}: {reason}")
-
-
-@dataclass(frozen=True)
-class SplitName:
-    """The name of a part of a split model: model-00001-of-00003.gguf."""
-
-    stem: str
-    number: int  # from 1
-    count: int
-
-    @classmethod
-    def of(cls, path: Path) -> SplitName | None:
-        """None if it is no such name."""
-        match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
-        return cls(match[1], int(match[2]), int(match[3])) if match else None
-
-    def path_of(self, number: int, folder: Path) -> Path:
-        """Where another part is expected."""
-        return folder / f"{self.stem}-{number:05}-of-{self.count:05}.gguf"
 
 
 def _split_error(path: Path, reason: str) -> ModelFileError | None:
