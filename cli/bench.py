@@ -17,11 +17,12 @@ from selfextend_gguf.evaluation.bench import BenchResult
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.stores import name_of
 
-from .options import FLASH_ATTN, ModelName, at_most_one, flash_attn_option
+from .options import FLASH_ATTN, ModelName, at_most_one, flash_attn_option, offline_option
 
 
 @click.command()
 @click.argument("model", type=ModelName(path_type=Path), required=False)
+@offline_option
 @click.option("--smollm-135m", is_flag=True, help="Measure a random-weight model of SmolLM-135M's shape.")
 @click.option("--length", type=click.IntRange(512), default=8192, show_default=True, help="Tokens to read.")
 @click.option(

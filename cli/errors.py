@@ -27,6 +27,13 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 class ErrorHandlingGroup(click.Group):
     """A group whose commands take settings, and report expected errors and Ctrl-C without a traceback (unless -v)."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """llama.cpp's -hf USER/REPO is the model hf:USER/REPO."""
+        if "-hf" in args[:-1]:
+            at = args.index("-hf")
+            args = [*args[:at], f"hf:{args[at + 1]}", *args[at + 2 :]]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         silence_log()  # -v restores it
         try:

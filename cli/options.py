@@ -46,13 +46,27 @@ def _combine(*options: Decorator) -> Decorator:
 
 
 class ModelName(click.Path):
-    """A path, or a name in another program's store (see stores.py)."""
+    """A path, or a name in another program's store (see stores/)."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return model_path(Path(os.fsdecode(super().convert(value, param, ctx))))
+        offline = ctx is not None and ctx.meta.get(OFFLINE, False)
+        return model_path(os.fsdecode(super().convert(value, param, ctx)), offline=offline)
 
 
-model_argument = click.argument("model", type=ModelName(path_type=Path))
+def _be_offline(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.meta[OFFLINE] = value
+
+
+OFFLINE = "selfextend_gguf.offline"  #: in the metadata that click's contexts share
+offline_option = click.option(
+    "--offline",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_be_offline,
+    help="Download nothing: hf: names mean what Hugging Face's cache holds.",
+)
+model_argument = _combine(click.argument("model", type=ModelName(path_type=Path)), offline_option)
 
 
 def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> bool:

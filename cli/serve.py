@@ -11,10 +11,12 @@ import psutil
 from selfextend_gguf.stores import is_name, model_path
 
 from .options import (
+    OFFLINE,
     at_most_one,
     context_option,
     device_options,
     llama_arguments,
+    offline_option,
     self_extend_options,
     take_template,
     template_options,
@@ -25,6 +27,7 @@ from .texts import read_text
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@offline_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on; 0 = a free one."
@@ -129,9 +132,10 @@ def serve(
         n_bytes = psutil.virtual_memory().available // 4 if cache_ram is None else cache_ram * 2**20
         return KeptPrompts(n_bytes, folder, read_only=read_only)
 
+    paths = [model_path(model, offline=click.get_current_context().meta[OFFLINE]) for model in models]
     served = [
         ServedModel.from_file(path, name, ctx, arguments, keep, **template)
-        for path, name in zip(map(model_path, models), names, strict=True)
+        for path, name in zip(paths, names, strict=True)
     ]
     settings = Settings(
         keys=keys,

@@ -35,6 +35,10 @@ class ModelFileError(SelfExtendError, ValueError):
     """A model file that is missing, not a GGUF file, damaged, or unknown to llama.cpp."""
 
 
+class NotReachedError(ModelFileError):
+    """A server that has models, or the library that speaks with it, is not there; the message says which and why."""
+
+
 class UnsupportedModelError(SelfExtendError):
     """A model or context that Self-Extend cannot extend correctly; the message names the reason."""
 
@@ -105,3 +109,7 @@ class KeyPrecisionWarning(UserWarning):
 
 class MemoryTightWarning(UserWarning):
     """A model that the system will have to read from disk again and again while it runs."""
+
+
+class NotReachedWarning(UserWarning):
+    """A model is taken from a cache, since the server that may have a newer one was not reached."""

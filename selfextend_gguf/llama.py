@@ -154,11 +154,12 @@ class Llama(SafeLlama):
             self._extend(self._engine, self.self_extend)
 
     @classmethod
-    def from_name(cls, model: str | os.PathLike[str], **arguments: Any) -> Llama:
-        """The model of a path or of a name in a store, `ollama:NAME[:TAG]` or `lmstudio:PUBLISHER/MODEL[/FILE]`.
+    def from_name(cls, model: str | os.PathLike[str], *, offline: bool = False, **arguments: Any) -> Llama:
+        """The model of a path or of a name in a store, such as `hf:USER/REPO` (docs/models-by-name.md), downloaded
+        from Hugging Face unless it is there or `offline`.
 
         `arguments` are the constructor's. Raises ModelFileError if there is no such model."""
-        return cls(find_model(os.fspath(model)), **arguments)
+        return cls(find_model(os.fspath(model), offline=offline), **arguments)
 
     def _prepare_context(self, model: Any) -> None:
         super()._prepare_context(model)

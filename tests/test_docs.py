@@ -110,6 +110,8 @@ def parse(arguments: list[str]) -> None:
 def folder(tmp_path, monkeypatch):
     """A place where files that commands name can be found."""
     (tmp_path / "model.gguf").symlink_to(TINY_MODEL)
+    (tmp_path / "hf:USER").mkdir()  # a path comes before a name, so nothing is downloaded
+    (tmp_path / "hf:USER" / "REPO").symlink_to(TINY_MODEL)
     (tmp_path / "tuned.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
 

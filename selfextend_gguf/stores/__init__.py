@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from selfextend_gguf.errors import ModelFileError
-from selfextend_gguf.stores import lm_studio, ollama
+from selfextend_gguf.stores import hugging_face, lm_studio, ollama
 
-STORES = {"ollama": ollama, "lmstudio": lm_studio}  #: by what stands before the colon
+STORES = ("hf", "ollama", "lmstudio")  #: what stands before the colon of a name
 
 
 def is_name(model: str | os.PathLike[str]) -> bool:
@@ -23,16 +23,20 @@ def name_of(path: Path) -> str:
     return path.name if name is None else f"ollama:{name}"
 
 
-def model_path(model: str | os.PathLike[str]) -> Path:
-    """Path of the file that `model` means: a path, `ollama:NAME[:TAG]`, or `lmstudio:PUBLISHER/MODEL[/FILE]`.
+def model_path(model: str | os.PathLike[str], *, offline: bool = False) -> Path:
+    """Path of the file that `model` means: a path, `hf:USER/REPO[:QUANT]`, `hf:USER/REPO/FILE`, `ollama:NAME[:TAG]`,
+    or `lmstudio:PUBLISHER/MODEL[/FILE]`.
 
-    A name that exists as a path is a path. A path is returned as it is, whether or not there is a file.
-    Raises ModelFileError if a store does not hold the model, or cannot be read."""
+    A name that exists as a path is a path. A path is returned as it is, whether or not there is a file. What Hugging
+    Face's cache does not hold is downloaded, unless `offline`.
+    Raises ModelFileError if there is no such model, or it cannot be read."""
     try:
         if not is_name(model):
             return Path(model)
         store, _, name = os.fspath(model).partition(":")
-        return STORES[store].find(name)
+        if store == "hf":
+            return hugging_face.find(name, offline=offline)
+        return ollama.find(name) if store == "ollama" else lm_studio.find(name)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         raise ModelFileError(f"{model}: cannot use{where}: {error.strerror or error}") from error
