@@ -13,6 +13,7 @@ from .demo import demo
 from .errors import ErrorHandlingGroup
 from .evaluate import evaluate
 from .info import info
+from .models import models
 from .run import run
 from .serve import serve
 from .settings import let_variables_set
@@ -24,6 +25,9 @@ from .tune import tune
 def main() -> None:
     """Read texts longer than a GGUF model's trained context, with Self-Extend on llama.cpp.
 
+    MODEL is a file, or a name: hf:USER/REPO[:QUANT] (-hf USER/REPO[:QUANT] means the same), ollama:NAME or
+    lmstudio:PUBLISHER/MODEL. `sx-gguf models` lists what is there.
+
     \b
     Examples:
         sx-gguf demo
@@ -31,6 +35,6 @@ def main() -> None:
     """
 
 
-for command in (run, chat, serve, info, demo, bench, evaluate, tune, completion):
+for command in (run, chat, serve, info, models, demo, bench, evaluate, tune, completion):
     main.add_command(command)
 let_variables_set(main)

@@ -28,11 +28,17 @@ class ErrorHandlingGroup(click.Group):
     """A group whose commands take settings, and report expected errors and Ctrl-C without a traceback (unless -v)."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """llama.cpp's -hf USER/REPO is the model hf:USER/REPO."""
-        if "-hf" in args[:-1]:
-            at = args.index("-hf")
-            args = [*args[:at], f"hf:{args[at + 1]}", *args[at + 2 :]]
-        return super().parse_args(ctx, args)
+        """llama.cpp's -hf USER/REPO is the MODEL hf:USER/REPO."""
+        rest, typed = iter(args), []
+        for argument in rest:
+            if argument == "-hf":
+                name = next(rest, None)
+                if name is None:
+                    raise click.UsageError("-hf needs USER/REPO[:QUANT]", ctx)
+                typed.append(f"hf:{name}")
+            else:
+                typed.append(argument)
+        return super().parse_args(ctx, typed)
 
     def invoke(self, ctx: click.Context) -> Any:
         silence_log()  # -v restores it

@@ -216,12 +216,11 @@ bool sx_engine_eval_callback(struct ggml_tensor * node, bool ask, void * user_da
 
 // ---- attach ----------------------------------------------------------------------------------------------------
 
-static int check_model(const sx_engine * e, struct llama_context * ctx) {
-    const struct llama_model * model = llama_get_model(ctx);
+int32_t sx_model_check(const struct llama_model * model) {
     if (llama_model_is_recurrent(model) || llama_model_is_hybrid(model)) {
         return sx_fail(SX_ERR_MODEL, "the model is recurrent: its memory of the text is a state, not a cache of keys");
     }
-    if (llama_model_has_encoder(model) || llama_model_is_diffusion(model) || !llama_get_memory(ctx)) {
+    if (llama_model_has_encoder(model) || llama_model_is_diffusion(model)) {
         return sx_fail(SX_ERR_MODEL, "the model is not a plain decoder");
     }
     const enum llama_rope_type rope = llama_model_rope_type(model);
@@ -230,6 +229,17 @@ static int check_model(const sx_engine * e, struct llama_context * ctx) {
     }
     if (rope != LLAMA_ROPE_TYPE_NORM && rope != LLAMA_ROPE_TYPE_NEOX) {
         return sx_fail(SX_ERR_MODEL, "the model uses multi-dimensional RoPE (M-RoPE)");
+    }
+    return SX_OK;
+}
+
+static int check_context(const sx_engine * e, struct llama_context * ctx) {
+    const int status = sx_model_check(llama_get_model(ctx));
+    if (status != SX_OK) {
+        return status;
+    }
+    if (!llama_get_memory(ctx)) {
+        return sx_fail(SX_ERR_MODEL, "the model is not a plain decoder");
     }
     if (llama_n_seq_max(ctx) != 1) {
         return sx_fail(SX_ERR_MODEL, "the context is made for %u sequences; Self-Extend handles one", llama_n_seq_max(ctx));
@@ -276,7 +286,7 @@ int32_t sx_engine_attach(sx_engine * e, struct llama_context * ctx) {
     if (e->ctx || e->layers.n > 0) {
         return sx_fail(SX_ERR_ARGUMENT, "the engine has been attached before");
     }
-    int status = check_model(e, ctx);
+    int status = check_context(e, ctx);
     if (status != SX_OK) {
         return status;
     }

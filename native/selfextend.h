@@ -127,6 +127,13 @@ SX_API int32_t sx_schedule_positions(
  */
 SX_API int32_t sx_schedule_step(const struct sx_params * params, int32_t n_cached, int32_t n_new, int32_t * n_step);
 
+/*
+ * Whether the header of a model's file rules out that it is extended; the model may be loaded with vocab_only.
+ *   SX_OK         it does not; sx_engine_attach looks closer
+ *   SX_ERR_MODEL  sx_last_error() says why it cannot be extended
+ */
+SX_API int32_t sx_model_check(const struct llama_model * model);
+
 // A new engine for a context of at most n_ctx tokens; NULL and sx_last_error() on failure.
 SX_API sx_engine * sx_engine_init(int32_t n_ctx);
 

@@ -152,6 +152,8 @@ _declare("sx_schedule_stage", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c
 _declare("sx_schedule_positions", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
 # int32_t sx_schedule_step(const struct sx_params *, int32_t n_cached, int32_t n_new, int32_t * n_step);
 _declare("sx_schedule_step", [ctypes.POINTER(_Params), ctypes.c_int32, ctypes.c_int32, _int32_p], ctypes.c_int32)
+# int32_t sx_model_check(const struct llama_model *);
+_declare("sx_model_check", [ctypes.c_void_p], ctypes.c_int32)
 # sx_engine * sx_engine_init(int32_t n_ctx);
 _declare("sx_engine_init", [ctypes.c_int32], ctypes.c_void_p)
 # void sx_engine_free(sx_engine *);
@@ -275,6 +277,11 @@ def schedule_step(config: SelfExtendConfig, n_cached: int, n_new: int) -> int:
     step = ctypes.c_int32()
     _check(_LIB.sx_schedule_step(ctypes.byref(_params(config)), n_cached, n_new, ctypes.byref(step)))
     return step.value
+
+
+def check_model(model: llama_cpp.llama_model_p) -> None:
+    """Raise UnsupportedModelError where the header of the model's file rules out that it is extended."""
+    _check(_LIB.sx_model_check(model))
 
 
 def longest_match(text: bytes) -> int:

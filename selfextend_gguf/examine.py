@@ -41,7 +41,7 @@ def examine(
 ) -> Examination:
     """Load a model as `Llama` would on the CPU, for parameters `config` and caches of these ggml types, and attach an
     engine to it, which decodes two tokens. Raises ModelFileError."""
-    model = load_model(path, vocab_only=False, verbose=verbose)
+    model = load_model(path, verbose=verbose)
     engine = Engine(_N_CTX)
     note_log_errors(True)
     has_context = False

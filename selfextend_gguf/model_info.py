@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from ctypes import Array
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import gguf
 import llama_cpp
@@ -22,6 +23,7 @@ from selfextend_gguf.tokenizer import Tokenizer
 
 _MAGIC = b"GGUF"
 Number = TypeVar("Number", int, float)
+Opened = TypeVar("Opened", bound="ModelHeader")
 
 
 def check_is_gguf(path: str | Path) -> None:
@@ -85,13 +87,17 @@ def set_log_level(verbose: bool) -> None:
         logger.setLevel(logging.CRITICAL)
 
 
-def load_model(path: str | Path, *, vocab_only: bool, verbose: bool = False) -> Model:
-    """Load a model file, or its vocabulary and metadata alone. Raises ModelFileError."""
+def load_model(
+    path: str | Path, read: Literal["header", "vocabulary", "all"] = "all", *, verbose: bool = False
+) -> Model:
+    """Load a model file, all of it, without its weights, or its metadata alone. Raises ModelFileError."""
     set_log_level(verbose)
     check_is_gguf(path)
     params = llama_cpp.llama_model_default_params()
-    params.vocab_only = vocab_only
+    params.vocab_only = read != "all"
     params.n_gpu_layers = 0
+    if read == "header":
+        params.kv_overrides = _NO_VOCABULARY
     note_log_errors(True)
     try:
         return Model(path_model=str(path), params=params, verbose=verbose)
@@ -101,28 +107,35 @@ def load_model(path: str | Path, *, vocab_only: bool, verbose: bool = False) -> 
         note_log_errors(False)
 
 
-class ModelInfo:
-    """Metadata and tokenizer of a GGUF file. Use as a context manager or call `close`."""
+def _no_vocabulary() -> Array[llama_cpp.llama_model_kv_override]:
+    """llama.cpp's way to skip the vocabulary, which takes most of the time: an override, and the empty one it ends
+    with."""
+    overrides = (llama_cpp.llama_model_kv_override * 2)()
+    override: Any = overrides[0]
+    override.tag, override.key = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, b"tokenizer.ggml.model"
+    override.value.val_str = b"no_vocab"
+    return overrides
+
+
+_NO_VOCABULARY = _no_vocabulary()
+
+
+class ModelHeader:
+    """Metadata of a GGUF file, without its vocabulary: fast. Use as a context manager or call `close`."""
+
+    _READ: Literal["header", "vocabulary"] = "header"
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        verbose: bool = False,
-        kv_overrides: Mapping[str, object] | None = None,
-        chat_template: str | None = None,
-        template_variables: Mapping[str, object] | None = None,
+        self, path: str | Path, *, verbose: bool = False, kv_overrides: Mapping[str, object] | None = None
     ) -> None:
-        """`kv_overrides` replace metadata, as in `Llama`, `chat_template` the model's own, which is given
-        `template_variables` with the messages. Raises ModelFileError."""
+        """`kv_overrides` replace metadata, as in `Llama`. Raises ModelFileError."""
         self.path = Path(check_path("path", path))
-        self.model = load_model(path, vocab_only=True, verbose=verbose)
-        self.tokenizer = Tokenizer(self.model)
+        self.model = load_model(path, self._READ, verbose=verbose)
         overrides = {key: str(value) for key, value in (kv_overrides or {}).items()}
-        self.metadata: dict[str, str] = self.model.metadata() | overrides
-        #: The chat template (Jinja), if there is one.
-        self.chat_template = self.metadata.get("tokenizer.chat_template") if chat_template is None else chat_template
-        self.template_variables = dict(template_variables or {})
+        try:
+            self.metadata: dict[str, str] = self.model.metadata() | overrides
+        except UnicodeDecodeError as error:
+            raise ModelFileError(f"{path} is damaged: its metadata is no UTF-8") from error
         self.architecture = self.metadata.get("general.architecture", "unknown")
         self._check_epsilons()
 
@@ -140,7 +153,7 @@ class ModelInfo:
         except (ValueError, OverflowError):
             raise ModelFileError(f"{self.path} has {key} = {value}, which is no number of the right kind") from None
 
-    def __enter__(self) -> ModelInfo:
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -208,3 +221,26 @@ class ModelInfo:
     def n_layers(self) -> int:
         """Layers of the model."""
         return self._number(f"{self.architecture}.block_count", 0, int)
+
+
+class ModelInfo(ModelHeader):
+    """Metadata and tokenizer of a GGUF file. Use as a context manager or call `close`."""
+
+    _READ = "vocabulary"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        verbose: bool = False,
+        kv_overrides: Mapping[str, object] | None = None,
+        chat_template: str | None = None,
+        template_variables: Mapping[str, object] | None = None,
+    ) -> None:
+        """`kv_overrides` replace metadata, as in `Llama`, `chat_template` the model's own, which is given
+        `template_variables` with the messages. Raises ModelFileError."""
+        super().__init__(path, verbose=verbose, kv_overrides=kv_overrides)
+        self.tokenizer = Tokenizer(self.model)
+        #: The chat template (Jinja), if there is one.
+        self.chat_template = self.metadata.get("tokenizer.chat_template") if chat_template is None else chat_template
+        self.template_variables = dict(template_variables or {})

@@ -450,9 +450,14 @@ def _write(path: Path, family: Family, tensors: Mapping[str, np.ndarray]) -> Non
     writer.close()
 
 
+def write_header(family: Family, path: Path) -> None:
+    """Write a model of `family` without weights."""
+    _write(path, family, {})
+
+
 def write_family(family: Family, path: Path, seed: int = 0) -> None:
     """Write a model of `family` with random F32 weights and a vocabulary of bytes."""
-    _write(path, family, {})
+    write_header(family, path)
     shapes = {
         name: shape
         for name, shape in _tensor_shapes(path).items()

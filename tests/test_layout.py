@@ -22,7 +22,7 @@ FLOORS = [
     ["tokenizer", "model_info", "context", "prompt_cache", "arguments"],
     ["memory", "prompt", "adapters"],
     ["safe_llama"],
-    ["examine", "llama"],
+    ["examine", "llama", "catalogue"],
     ["generate", "conversation"],
     ["evaluation"],
     ["studies", "server"],

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from ollama_store import MODEL, write_manifest, write_ollama
 from served import Served
 
 from selfextend_gguf import Llama
@@ -20,8 +18,6 @@ from selfextend_gguf.errors import ModelFileError
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.stores import model_path, name_of, ollama
 
-MODEL = "application/vnd.ollama.image.model"
-
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -29,25 +25,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def write_manifest(store: Path, name: str, content: Any) -> Path:
-    path = store / "manifests" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-def write_ollama(store: Path, name: str) -> Path:
-    """A model as `ollama pull` leaves it; the path of its blob."""
-    digest = hashlib.sha256(Path(TINY_MODEL).read_bytes()).hexdigest()
-    template = {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:" + "0" * 64, "size": 1}
-    weights = {"mediaType": MODEL, "digest": f"sha256:{digest}", "size": Path(TINY_MODEL).stat().st_size}
-    write_manifest(store, name, {"schemaVersion": 2, "layers": [template, weights]})
-    blob = store / "blobs" / f"sha256-{digest}"
-    blob.parent.mkdir(exist_ok=True)
-    shutil.copy(TINY_MODEL, blob)
-    return blob
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from selfextend_gguf.errors import ModelFileError
 from selfextend_gguf.stores import hugging_face, lm_studio, ollama
 
-STORES = ("hf", "ollama", "lmstudio")  #: what stands before the colon of a name
+STORES = {"hf": hugging_face, "ollama": ollama, "lmstudio": lm_studio}  #: by what stands before the colon of a name
 
 
 def is_name(model: str | os.PathLike[str]) -> bool:
@@ -40,3 +41,9 @@ def model_path(model: str | os.PathLike[str], *, offline: bool = False) -> Path:
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         raise ModelFileError(f"{model}: cannot use{where}: {error.strerror or error}") from error
+
+
+def names(store: str) -> Iterator[str]:
+    """All that one of STORES holds, for `model_path`. Raises ModelFileError, OSError."""
+    for name in dict.fromkeys(STORES[store].names()):
+        yield f"{store}:{name}"

@@ -69,14 +69,13 @@ def names() -> Iterator[str]:
     """All names in the cache, for `find`: USER/REPO:QUANT, or USER/REPO/FILE where that would mean another file."""
     for folder in sorted(cache_folder().glob("models--*")):
         repo = folder.name.removeprefix("models--").replace("--", "/")
-        snapshot = next(_snapshots(folder), None)
-        if snapshot is None or not re.fullmatch(_REPO, repo):
+        if not re.fullmatch(_REPO, repo):
             continue
-        files = _files(snapshot)
-        for file in map(str, models_among(map(PurePosixPath, files))):
-            quant = _quant_of(file)
-            is_clear = quant is not None and choose(files, quant, repo) == file
-            yield f"{repo}:{quant}" if is_clear else f"{repo}/{file}"
+        for files in map(_files, _snapshots(folder)):
+            for file in map(str, models_among(map(PurePosixPath, files))):
+                quant = _quant_of(file)
+                is_clear = quant is not None and choose(files, quant, repo) == file
+                yield f"{repo}:{quant}" if is_clear else f"{repo}/{file}"
 
 
 def choose(files: Sequence[str], wanted: str, repo: str) -> str:
