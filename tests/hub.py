@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.breaks = 0  #: so many answers end in the middle of a file
         self.damages = False  #: whether files arrive other than announced
         self.status = 200  #: of the list of files
+        self.waits = 0.0  #: seconds before that
         self.sent: list[tuple[str, int]] = []  #: the files that were asked for, and from which byte on
 
     @property
@@ -68,6 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404)
 
     def list_files(self, repo: str) -> None:
+        Event().wait(self.server.waits)
         if self.server.status != 200:
             return self.answer(self.server.status)
         files = self.find(repo)
@@ -81,9 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
 
     def send_file(self, repo: str, name: str) -> None:
-        content = (self.find(repo) or {}).get(name)
-        if content is None:
-            return
+        files = self.find(repo)
+        if files is None:
+            return None
+        if name not in files:
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        content = files[name]
         tag = f'"{hashlib.sha256(content).hexdigest()}"'
         headers = {"ETag": tag, "X_Linked_ETag": tag, "X_Repo_Commit": COMMIT, "X_Linked_Size": str(len(content))}
         if self.command == "HEAD":

@@ -81,13 +81,16 @@ def test_split(hub: Hub, parts: dict[str, bytes]) -> None:
 
 def test_commands(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
     """llama.cpp's -hf too; a pipe sees no progress."""
-    for name in (["hf:ann/tiny"], ["-hf", "ann/tiny"], ["--offline", "-hf", "ann/tiny"]):
+    for name in (["hf:ann/tiny"], ["-hf", "ann/tiny"], ["--offline", "-hf", "ann/tiny:Q4_K_M"]):
         result = CliRunner().invoke(main, ["info", *name])
         assert result.exit_code == 0, result.output
         assert result.stderr == ""
         assert "tiny-Q4_K_M.gguf" in result.stdout
     assert capfd.readouterr() == ("", "")
     assert len(hub.sent) == 1
+    result = CliRunner().invoke(main, ["info", "-hf"])
+    assert result.exit_code == 2
+    assert result.stderr.endswith("Error: -hf needs USER/REPO[:QUANT]\n")
 
 
 def test_goes_on_where_it_broke_off(hub: Hub, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -134,6 +137,10 @@ def test_not_reached(hub: Hub, monkeypatch: pytest.MonkeyPatch, one_line_error: 
     path = model_path("hf:ann/tiny")
     hub.status = 503
     with pytest.warns(NotReachedWarning, match=r"answers 503 Service Unavailable: the model is taken from the cache$"):
+        assert model_path("hf:ann/tiny") == path
+    hub.status, hub.waits = 200, 1
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.1)
+    with pytest.warns(NotReachedWarning, match="is not reached .*time"):
         assert model_path("hf:ann/tiny") == path
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.warns(NotReachedWarning, match=r"^http://127\.0\.0\.1:9 is not reached"):

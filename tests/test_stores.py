@@ -130,6 +130,27 @@ def test_lm_studio(home: Path, store: str) -> None:
         model_path("lmstudio:ann/tiny-GGUF/c.gguf")
 
 
+def test_lm_studio_moved(home: Path) -> None:
+    """To where its pointer says, and the models to where its settings there say; nonsense in either is passed over."""
+    pointer, settings = home / ".lmstudio-home-pointer", home / "moved" / "settings.json"
+    settings.parent.mkdir()
+    for said, content, expected in [
+        (f"{home / 'moved'}\n", '{"downloadsFolder": "%s"}' % (home / "big disk"), "big disk"),
+        (f"{home / 'moved'}\n", "{", "moved/models"),
+        (f"{home / 'moved'}\n", "[]", "moved/models"),
+        (f"{home / 'moved'}\n", '{"downloadsFolder": 1}', "moved/models"),
+        ("\0", "{}", ".lmstudio/models"),
+    ]:
+        pointer.write_text(said)
+        settings.write_text(content)
+        file = home / expected / "ann" / "tiny" / "a.gguf"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        assert model_path("lmstudio:ann/tiny") == file
+        file.unlink()
+        file.parent.rmdir()
+
+
 def test_lm_studio_half(home: Path) -> None:
     folder = home / ".lmstudio" / "models" / "ann" / "tiny"
     folder.mkdir(parents=True)

@@ -78,7 +78,9 @@ def list_files(repo: str) -> list[RemoteFile]:
     """The files of the main branch. Raises ModelFileError, NotReachedError."""
     hub = _library()
     with _explained(repo):
-        info = hub.HfApi(endpoint=_endpoint()).model_info(repo, files_metadata=True)
+        info = hub.HfApi(endpoint=_endpoint()).model_info(
+            repo, files_metadata=True, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT
+        )
     return [
         RemoteFile(
             file.rfilename,

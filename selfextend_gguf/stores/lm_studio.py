@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,28 @@ from selfextend_gguf.stores.files import check_complete, home, models_among
 
 
 def stores() -> list[Path]:
-    """Where LM Studio keeps models, by newer and older versions."""
-    return [home() / ".lmstudio" / "models", home() / ".cache" / "lm-studio" / "models"]
+    """Where LM Studio keeps models: where its settings say, and where newer and older versions do by default."""
+    homes = [home() / ".lmstudio", home() / ".cache" / "lm-studio"]
+    if moved := _read(home() / ".lmstudio-home-pointer").strip():
+        homes.insert(0, Path(moved))
+    found = []
+    for folder in homes:
+        try:
+            chosen = json.loads(_read(folder / "settings.json"))["downloadsFolder"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            chosen = None
+        found += [Path(chosen)] if isinstance(chosen, str) and chosen else []
+        found.append(folder / "models")
+    return list(dict.fromkeys(found))
+
+
+def _read(path: Path) -> str:
+    """A file of LM Studio's own, "" if there is none: its folders may still be where they are by default."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(2**20)
+    except (OSError, ValueError):
+        return ""
 
 
 def find(name: str) -> Path:
