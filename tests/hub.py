@@ -21,6 +21,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.token: str | None = None  #: without which repositories are gated
         self.breaks = 0  #: so many answers end in the middle of a file
+        self.holds: Event | None = None  #: half of a file is sent, and the rest when this is set
         self.damages = False  #: whether files arrive other than announced
         self.status = 200  #: of the list of files
         self.waits = 0.0  #: seconds before that
@@ -104,6 +105,12 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content_Length"] = str(len(body))
             body = body[: len(body) // 2]
             self.close_connection = True
+        if self.server.holds:
+            headers["Content_Length"] = str(len(body))
+            self.answer(206 if start else 200, body[: len(body) // 2], **headers)
+            self.server.holds.wait()
+            self.wfile.write(body[len(body) // 2 :])
+            return None
         return self.answer(206 if start else 200, body, **headers)
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from threading import Event
+from time import sleep
 
 import gguf
+import pexpect
 import pytest
 from click.testing import CliRunner
 from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
@@ -112,6 +116,33 @@ def test_another_process_goes_on(hub: Hub, cache: Path) -> None:
     hub.breaks, hub.sent = 0, []
     assert model_path("hf:ann/tiny").read_bytes() == WHOLE
     assert hub.sent == [("tiny-Q4_K_M.gguf", arrived)]
+
+
+def test_interrupted_on_a_terminal(hub: Hub, cache: Path) -> None:
+    """Its progress is seen, Ctrl-C ends it, and the same command goes on."""
+    program = (
+        "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 2**16\n"
+        "from selfextend_gguf.cli import main; main(prog_name='sx-gguf')"
+    )
+    arguments = ["-c", program, "info", "hf:ann/tiny"]
+    hub.holds = Event()
+    spawn = partial(pexpect.spawn, sys.executable, arguments, encoding="utf-8", timeout=60, dimensions=(24, 100))
+    terminal = spawn()
+    terminal.expect(r"tiny-Q4_K_M\.gguf: +\d+%.*B/s")
+    while not any(file.stat().st_size for file in cache.glob("**/*.incomplete")):
+        sleep(0.01)
+    terminal.sendintr()
+    terminal.expect_exact("Interrupted.\r\n")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 130
+    assert "Traceback" not in str(terminal.before)
+    hub.holds.set()
+    terminal = spawn()
+    terminal.expect("Trained context: +256 tokens")
+    terminal.expect(pexpect.EOF)
+    (_, begun), (_, went_on) = hub.sent
+    assert begun == 0 < went_on
 
 
 def test_wrong_checksum(hub: Hub, cache: Path) -> None:
