@@ -33,7 +33,7 @@ class ErrorHandlingGroup(click.Group):
         for argument in rest:
             if argument == "-hf":
                 name = next(rest, None)
-                if name is None:
+                if name is None and not ctx.resilient_parsing:  # a shell completes a line that is not yet whole
                     raise click.UsageError("-hf needs USER/REPO[:QUANT]", ctx)
                 typed.append(f"hf:{name}")
             else:

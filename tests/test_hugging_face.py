@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 from time import sleep
+from typing import Any
 
 import gguf
 import pexpect
@@ -54,6 +56,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     writer = gguf.GGUFWriter(folder / "tiny-Q8_0.gguf", "llama", split_max_tensors=20)
     copy_with_new_metadata(reader, writer, {}, [])
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def listing(name: str = "a.gguf", size: Any = 5, commit: str = COMMIT, digest: str = "0" * 64) -> bytes:
+    """A list of one file."""
+    file = {"rfilename": name, "size": size, "blobId": "b" * 40, "lfs": {"sha256": digest, "size": 5, "pointerSize": 1}}
+    return json.dumps({"id": "ann/tiny", "sha": commit, "siblings": [file]}).encode()
 
 
 def in_cache(cache: Path, name: str, repo: str = "models--ann--tiny") -> Path:
@@ -189,6 +197,7 @@ def test_offline(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, one_lin
     )
     path = model_path("hf:ann/tiny")
     hub.shutdown()
+    assert CliRunner(env={"SX_GGUF_OFFLINE": "1"}).invoke(main, ["info", "hf:ann/tiny"]).stderr == ""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert model_path("hf:ann/tiny") == path
     with pytest.raises(ModelFileError, match=r"ann/tiny has no Q8_0; it has Q4_K_M in Hugging Face's cache"):
@@ -206,12 +215,41 @@ def test_offline(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, one_lin
         ("hf:ann/tiny/x.gguf", "ann/tiny has no x.gguf; it has Q4_K_M, Q8_0"),
         ("hf:ann/text", "ann/text holds no .gguf model"),
         ("hf:ann", "'ann' is no name of a model: expected hf:USER/REPO[:QUANT] or hf:USER/REPO/FILE.gguf"),
+        ("hf:ann--x/tiny", "ann--x/tiny is no name of a repository on Hugging Face"),
         ("hf:ann/tiny/../x.gguf", "'ann/tiny/../x.gguf' is no name of a model: expected hf:USER/REPO[:QUANT] or "),
     ],
 )
 def test_no_such_model(hub: Hub, one_line_error: Callable[..., str], name: str, expected: str) -> None:
     hub.repos["ann/text"] = {"README.md": b"# No model"}
     assert one_line_error("info", name).startswith(f"Error: {expected}")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>Welcome to our hotel</html>",
+        b"[]",
+        b"{}",
+        b'{"id": "ann/tiny", "siblings": 1}',
+        listing(commit="../../.."),
+        listing(digest="../../x"),
+        listing(name="../x.gguf"),
+        listing(name="/x.gguf"),
+        listing(size="5"),
+    ],
+)
+def test_answers_of_something_else(hub: Hub, cache: Path, answer: bytes, one_line_error: Callable[..., str]) -> None:
+    """None of them leads out of the cache."""
+    hub.list = answer
+    assert one_line_error("info", "hf:ann/tiny").endswith(f"and {hub.url} does not answer as Hugging Face does")
+    assert hub.sent == []
+    assert not cache.exists()
+
+
+def test_a_token_that_is_none(hub: Hub, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", "\N{SNOWMAN}")
+    error = one_line_error("info", "hf:ann/tiny")
+    assert error == "Error: the token for Hugging Face (HF_TOKEN) has letters that no token has"
 
 
 def test_disk_is_full(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

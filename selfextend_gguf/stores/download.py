@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import operator
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from selfextend_gguf.errors import ModelFileError, NotReachedError
 from selfextend_gguf.stores.files import parts_of
 
 _SITE = "https://huggingface.co"
+_HEX = re.compile("[0-9a-f]{40,64}")
 
 
 @dataclass(frozen=True)
@@ -78,20 +81,28 @@ def list_files(repo: str) -> list[RemoteFile]:
     """The files of the main branch. Raises ModelFileError, NotReachedError."""
     hub = _library()
     with _explained(repo):
-        info = hub.HfApi(endpoint=_endpoint()).model_info(
-            repo, files_metadata=True, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT
-        )
-    return [
-        RemoteFile(
-            file.rfilename,
-            info.sha,
-            file.size or 0,
-            file.lfs.sha256 if file.lfs else file.blob_id,
-            is_sha256=bool(file.lfs),
-        )
-        for file in info.siblings or []
-        if file.blob_id or file.lfs
-    ]
+        try:
+            info = hub.HfApi(endpoint=_endpoint()).model_info(
+                repo, files_metadata=True, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT
+            )
+            return [_remote_file(file, info.sha) for file in info.siblings or [] if file.blob_id or file.lfs]
+        except hub.errors.HFValidationError as error:
+            raise ModelFileError(f"{repo} is no name of a repository on Hugging Face") from error
+        except UnicodeEncodeError as error:  # of what goes into the headers of a request
+            raise ModelFileError("the token for Hugging Face (HF_TOKEN) has letters that no token has") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # such as a hotel's page
+            raise NotReachedError(f"{_endpoint()} does not answer as Hugging Face does") from error
+
+
+def _remote_file(file: Any, commit: Any) -> RemoteFile:
+    """What the server says of a file, which names files of ours. Raises ValueError, TypeError."""
+    found = RemoteFile(
+        file.rfilename, commit, file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id, is_sha256=bool(file.lfs)
+    )
+    path = PurePosixPath(found.name)
+    if path.is_absolute() or ".." in path.parts or not _HEX.fullmatch(found.commit) or not _HEX.fullmatch(found.digest):
+        raise ValueError(f"no file of a repository: {found}")
+    return replace(found, size=operator.index(found.size))
 
 
 def fetch(repo: str, name: str, files: Sequence[RemoteFile], cache: Path) -> Path:
