@@ -425,7 +425,7 @@ COMMANDS = {
     "clear": Command("", "Begin a new conversation; the system message stays.", Dialogue.clear),
     "undo": Command("", "Take back the last message and its answer.", Dialogue.undo),
     "regen": Command("", "Answer the last message anew.", Dialogue.say_again),
-    "file": Command("PATH", "Put a document before the next message; of a PDF: --pages 3,10-30 PATH.", Dialogue.attach),
+    "file": Command("PATH", "Put a document, or --pages 3,10-30 of it, before the next message.", Dialogue.attach),
     "system": Command("[TEXT]", "Set the system message, or remove it.", Dialogue.set_system),
     "set": Command(
         "[OPTION [VALUE]]",

@@ -42,7 +42,10 @@ def files_option(purpose: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 pages_option = click.option(
-    "--pages", metavar="RANGES", callback=_parse_pages, help="Pages of a PDF to read, as in 3,10-30 [all]."
+    "--pages",
+    metavar="RANGES",
+    callback=_parse_pages,
+    help="Pages of a PDF or chapters of an EPUB, as in 3,10-30 [all].",
 )
 
 
@@ -103,7 +106,7 @@ def describe(document: Document, n_tokens: int, n_ctx: int) -> str:
 
 
 def pages_that_fit(documents: Sequence[Document], count: Callable[[Sequence[Document]], int], n_tokens: int) -> str:
-    """Which pages of the only document, a PDF, have at most `n_tokens` by `count`, to end an error message."""
+    """Which pages of the only document, if it has some, are at most `n_tokens` by `count`, to end an error message."""
     if len(documents) != 1 or not documents[0].pages:
         return ""
     document = documents[0]

@@ -1,8 +1,9 @@
 """Reads one document, as a program of its own: `documents.py` starts it, nothing imports it.
 
 The document is standard input, a file that can be sought; the arguments are its kind and, as JSON, the ranges of pages
-to read. Standard output is JSON: {"text"}, {"pages": [[number, text], ...]}, or {"error"}: what is wrong instead. A
-document can be made so that reading it takes all memory or ends the process; here it ends this one.
+(or chapters) to read. Standard output is JSON: {"text"}, {"pages": [[number, text], ...]} as printed, {"chapters": the
+same as read}, or {"error"}: what is wrong instead. A document can be made so that reading it takes all memory or ends
+the process; here it ends this one.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ def answer(kind: str, file: BinaryIO, ranges: list[list[int]] | None) -> dict[st
     try:
         if kind == "pdf":
             return {"pages": list(pdf_pages(file, ranges))}
-        text = html_text(file.read(LONGEST_TEXT + 1)) if kind == "html" else archive_text(file)
-        return {"text": checked(text)}
+        if kind == "html":
+            return {"text": checked(html_text(file.read(LONGEST_TEXT + 1)))}
+        return archive_text(file, ranges)
     except Unreadable as error:
         return {"error": str(error)}
     except ImportError as error:
@@ -86,6 +88,14 @@ def checked(text: str) -> str:
     return text
 
 
+def numbers_in(ranges: list[list[int]] | None, n: int, what: str) -> list[int]:
+    """The numbers from 1 to `n` in `ranges` (first and last), None = all; each once, in the order of the ranges."""
+    last = max((last for _, last in ranges or []), default=0)
+    if last > n:
+        raise Unreadable(f"has {n} {what}, not {last}")
+    return list(dict.fromkeys(number for first, last in ranges or [[1, n]] for number in range(first, last + 1)))
+
+
 # ---- PDF -------------------------------------------------------------------------------------------------------------
 
 
@@ -103,11 +113,8 @@ def pdf_pages(file: BinaryIO, ranges: list[list[int]] | None) -> Iterator[tuple[
         raise Unreadable("is damaged: it cannot be read as a PDF") from error
     if not n_pages:
         raise Unreadable("has no pages")
-    last = max((last for _, last in ranges or []), default=0)
-    if last > n_pages:
-        raise Unreadable(f"has {n_pages} pages, not {last}")
     n_characters, is_blank = 0, True
-    for number in dict.fromkeys(n for first, last in ranges or [[1, n_pages]] for n in range(first, last + 1)):
+    for number in numbers_in(ranges, n_pages, "pages"):
         try:
             page = document[number - 1]
             words = page.get_textpage()
@@ -198,18 +205,22 @@ class Archive:
         return bytes(content)
 
 
-def archive_text(file: BinaryIO) -> str:
-    """The text of an EPUB or a DOCX file."""
+def archive_text(file: BinaryIO, ranges: list[list[int]] | None) -> dict[str, Any]:
+    """What to say of an EPUB or a DOCX file."""
     archive = Archive(file)
     if "META-INF/container.xml" in archive.names:
-        return epub_text(archive)
+        chapters = list(epub_chapters(archive, ranges))
+        checked("".join(text for _, text in chapters))
+        return {"chapters": chapters}
     if "word/document.xml" in archive.names:
-        return docx_text(archive)
+        if ranges is not None:
+            raise Unreadable("has no pages: --pages is for PDF files, and for chapters of EPUB files")
+        return {"text": checked(docx_text(archive))}
     raise Unreadable("is a ZIP archive, neither EPUB nor DOCX: unpack it, or save it as one of them")
 
 
-def epub_text(archive: Archive) -> str:
-    """The chapters of a book in the order of its spine."""
+def epub_chapters(archive: Archive, ranges: list[list[int]] | None) -> Iterator[tuple[int, str]]:
+    """The chapters of a book in the order of its spine, those in `ranges`, with their numbers from 1."""
     root = _xml(archive, "META-INF/container.xml").find(f".//{_CONTAINER}rootfile")
     package = unquote("" if root is None else root.get("full-path", ""))
     book = _xml(archive, package)
@@ -219,13 +230,12 @@ def epub_text(archive: Archive) -> str:
     if "META-INF/encryption.xml" in archive.names:
         locked = _xml(archive, "META-INF/encryption.xml").iter(_ENCRYPTED)
         encrypted = {unquote(reference.get("URI", "")) for reference in locked}
-    chapters = []
-    for reference in book.iter(f"{_OPF}itemref"):
-        name = posixpath.normpath(posixpath.join(folder, files.get(reference.get("idref"), "")))
+    spine = list(book.iter(f"{_OPF}itemref"))
+    for number in numbers_in(ranges, len(spine), "chapters"):
+        name = posixpath.normpath(posixpath.join(folder, files.get(spine[number - 1].get("idref"), "")))
         if name in encrypted:
             raise Unreadable("is encrypted: it is bound to a reader (DRM)")
-        chapters.append(html_text(archive.read(name)))
-    return "\n\n".join(chapter for chapter in chapters if chapter)
+        yield number, html_text(archive.read(name))
 
 
 def _xml(archive: Archive, name: str) -> ElementTree.Element:

@@ -63,7 +63,7 @@ class Document:
 
     name: str
     text: str
-    pages: dict[int, str] = field(default_factory=dict)  # its pages by number, {} where there are none
+    pages: dict[int, str] = field(default_factory=dict)  # its pages or chapters by number, {} where there are none
     encoding: str | None = None  # of a plain text, where it had to be guessed
 
     def first_pages(self, n: int) -> Document:
@@ -106,7 +106,7 @@ def show_pages(numbers: Sequence[int]) -> str:
 
 
 def read_document(path: Path, pages: Pages | None = None) -> Document:
-    """The text of a file; `pages`: of a PDF, what to read of it. Raises DocumentError and OSError."""
+    """The text of a file; `pages`: of a PDF, or chapters of an EPUB, what to read. Raises DocumentError and OSError."""
     with path.open("rb") as file:
         document = read_stream(file, str(path), pages)
     if not document.text:
@@ -118,8 +118,8 @@ def read_stream(file: BinaryIO, name: str, pages: Pages | None = None) -> Docume
     """The text of a file, or of a pipe, that users know as `name`; "" if it is empty. Raises as `read_document`."""
     head = file.read(_HEAD)
     kind = _kind_of(head, name)
-    if pages is not None and kind != "pdf":
-        raise DocumentError(f"{name} has no pages: --pages is for PDF files")
+    if pages is not None and kind in ("text", "html"):
+        raise DocumentError(f"{name} has no pages: --pages is for PDF files, and for chapters of EPUB files")
     if kind == "text":
         text, encoding = decode(_all_of(file, head, name), name)
         return Document(name, text, encoding=encoding)
@@ -129,7 +129,7 @@ def read_stream(file: BinaryIO, name: str, pages: Pages | None = None) -> Docume
         answer = _convert(kind, file, name, pages)
     if "text" in answer:
         return Document(name, answer["text"])
-    read = readable(dict(answer["pages"]))
+    read = readable(dict(answer["pages"])) if "pages" in answer else dict(answer["chapters"])
     return Document(name, _text_of(read), read)
 
 

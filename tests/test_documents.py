@@ -156,9 +156,10 @@ def test_pages_out_of_range(pdf):
 
 def test_pages_of_what_has_none(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    book = write_epub(tmp_path / "a.epub", {"a": "x"}, ["a"])
-    for path in (tmp_path / "a.txt", book):
-        with pytest.raises(DocumentError, match=r"has no pages: --pages is for PDF files"):
+    (tmp_path / "a.html").write_text("<p>x")
+    letter = write_docx(tmp_path / "letter", "<w:p><w:r><w:t>x</w:t></w:r></w:p>")
+    for path in (tmp_path / "a.txt", tmp_path / "a.html", letter):
+        with pytest.raises(DocumentError, match=r"has no pages: --pages is for PDF files, and for chapters of EPUB"):
             read_document(path, [(1, 1)])
 
 
@@ -264,6 +265,19 @@ def test_an_epub_is_read_in_the_order_of_its_spine(tmp_path):
     chapters = {"z.xhtml": "<h1>First</h1>", "a b.xhtml": f"<h1>Second</h1>{TABLE}", "n.xhtml": "<nav>Contents</nav>"}
     path = write_epub(tmp_path / "book", chapters, ["n.xhtml", "z.xhtml", "a b.xhtml"])
     assert read_document(path).text == "# First\n\n# Second\n\n| Land | Town |\n| --- | --- |\n| Peru | Lima |"
+
+
+def test_chapters_of_an_epub(tmp_path):
+    chapters = {name: f"<p>Chapter {name}-</p>" for name in "abcd"} | {"e": "<nav>x</nav>"}
+    path = write_epub(tmp_path / "book", chapters, list("abecd"))
+    book = read_document(path)
+    assert book.pages == {1: "Chapter a-", 2: "Chapter b-", 3: "", 4: "Chapter c-", 5: "Chapter d-"}
+    assert book.first_pages(4).text == "Chapter a-\n\nChapter b-\n\nChapter c-"
+    assert read_document(path, [(4, 5), (1, 1)]).text == "Chapter c-\n\nChapter d-\n\nChapter a-"
+    with pytest.raises(DocumentError, match="book has 5 chapters, not 6"):
+        read_document(path, [(2, 6)])
+    with pytest.raises(DocumentError, match="holds no text"):
+        read_document(path, [(3, 3)])
 
 
 def test_a_docx(tmp_path):
