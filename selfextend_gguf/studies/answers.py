@@ -117,9 +117,7 @@ def ask(
     """The answers by a method of METHODS to one question about each text, as JSON can hold them."""
     arguments = pretended(model, pretend)
     with ModelInfo(model, **arguments) as info:
-        if method == PAGE_ALONE:
-            texts = [question.page for question in questions]
-        elif method == TRUNCATED:
+        if method == TRUNCATED:
             texts = [latest(info, text, info.n_ctx_train - ROOM) for text in texts]
         prompts = [
             make_prompt(info, f"{shown.rstrip()}\n\n{question.text}").tokens
@@ -223,18 +221,20 @@ def main(argv: list[str] | None = None) -> None:
             parts.append(f"\n## {args.model.stem}, {as_if} on {info.n_ctx_train}: {about}\n")
         right = {}
         for method in args.methods:
+            is_alone = method == PAGE_ALONE  # which is the same whatever is pretended, and however long the texts are
+            shown, pretend = ([q.page for q in questions], None) if is_alone else (texts, args.pretend)
             what = {
                 "model": args.model.name,
                 "bytes": args.model.stat().st_size,
-                "pretend": args.pretend,
-                "texts": zlib.crc32("\0".join(texts).encode()),
+                "pretend": pretend,
+                "texts": zlib.crc32("\0".join(shown).encode()),
                 "questions": [question.text for question in questions],
                 "method": method,
             }
             if args.write_only and not kept.has(what):
                 continue
             is_new = not kept.has(what)
-            measure = partial(ask, args.model, method, texts, questions, args.pretend, args.threads)
+            measure = partial(ask, args.model, method, shown, questions, pretend, args.threads)
             result = kept.measured(what, measure)
             right[method] = [holds(a, q.words) for a, q in zip(result["answers"], questions, strict=True)]
             if is_new:
@@ -242,8 +242,9 @@ def main(argv: list[str] | None = None) -> None:
                 sys.stdout.flush()
         parts += [table(right, placed), ""]
     asked = json.loads(args.questions.read_text(encoding="utf-8"))
-    pretend = f" --pretend {args.pretend}" if args.pretend else ""
-    command = f"{args.model.name} --document {args.document.name}{pretend} --around {' '.join(map(str, args.around))}"
+    pretending = f" --pretend {args.pretend}" if args.pretend else ""
+    lengths = " ".join(map(str, args.around))
+    command = f"{args.model.name} --document {args.document.name}{pretending} --around {lengths}"
     head = HEAD.format(
         machine=f" on {args.machine}" if args.machine else "",
         command=f"{command} --kept {args.kept.name}",
