@@ -167,6 +167,9 @@ def ppl(
         click.echo(json.dumps(record))
     else:
         click.echo(ppl_table(results, n_ctx_train))
+        for r in results:
+            if len(r.losses) < (wanted := min(texts, len(tokens) // r.n_tokens)):
+                click.echo(f"{r.n_tokens} tokens, {r.method}: {len(r.losses)} of {wanted} texts: {why}")
         for n, method in missing:
             click.echo(f"{n:>8} {f'{n / n_ctx_train:.3g}x':>10}  {method:<12} not measured: {why}")
     if why == "interrupted":

@@ -23,7 +23,7 @@ from selfextend_gguf.cli import main
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.evaluation.kept import Kept
 from selfextend_gguf.evaluation.perplexity import by_position, compare, perplexity, perplexity_ratio, stretches
-from selfextend_gguf.evaluation.readers import METHODS, open_reader, pretended, token_losses
+from selfextend_gguf.evaluation.readers import METHODS, LlamaReader, open_reader, pretended, token_losses
 from selfextend_gguf.evaluation.readings import Readings
 from selfextend_gguf.evaluation.tune import candidates, parameters_of, tune
 from selfextend_gguf.model_info import ModelInfo
@@ -416,12 +416,83 @@ def test_readings_go_on_where_they_were(tokens, tmp_path):
     assert Readings(MODEL, kept=Kept(file), seconds=0, type_k=8).losses("plain", tokens[:200]) is None
 
 
-def test_a_reading_that_does_not_fit_is_not_begun(tokens):
-    times = iter([0, 0, 0, 10, 10, 10, 10, 20])  # 200 tokens take 10 s
-    readings = Readings(MODEL, seconds=25, clock=lambda: next(times))
-    assert readings.losses("plain", tokens[:200]) is not None
-    assert readings.losses("plain", tokens[:400]) is None  # 20 s in the 15 that are left
-    assert readings.losses("plain", tokens[:250]) is not None
+class Clock:
+    """Tells the time; a reading takes `per_token` seconds a token."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, per_token: float) -> None:
+        self.now = 0.0
+        real = LlamaReader._read
+
+        def read(reader, tokens, begin, **options):
+            self.now += per_token * (len(tokens) - begin)
+            return real(reader, tokens, begin, **options)
+
+        monkeypatch.setattr(LlamaReader, "_read", read)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_reading_that_might_not_fit_is_not_begun(tokens, monkeypatch):
+    readings = Readings(MODEL, seconds=60, clock=Clock(monkeypatch, 0.05))
+    assert readings.losses("plain", tokens[:200]) is not None  # takes 10 s
+    assert readings.losses("plain", tokens[:480]) is None  # 24 s, or 57.6 s if attention takes all: 50 s are left
+    assert readings.losses("plain", tokens[:400]) is not None  # at most 40 s: takes 20
+    assert readings.losses("plain", tokens[:480]) is not None  # by the longer one at most 28.8 s: takes 24
+    assert readings.losses("yarn", tokens[:150]) is None  # 7.5 s by plain's: 6 s are left
+    assert readings.losses("yarn", tokens[:100]) is not None
+
+
+def test_other_parameters_are_other_results(tokens, tmp_path, monkeypatch):
+    """Automatic ones are the same result as these numbers given, until another version chooses others."""
+    file = tmp_path / "kept.jsonl"
+
+    def kept(parameters=None, method="selfextend", text=tokens[:512], model=MODEL) -> bool:
+        readings = Readings(model, kept=Kept(file), seconds=0)
+        return readings.losses(method, text, parameters) is not None
+
+    for method in ("selfextend", "plain"):
+        Readings(MODEL, kept=Kept(file)).losses(method, tokens[:512])
+    automatic = parameters_of(plan(256, 512))
+    assert automatic.pop("schedule") == "selfextend"
+    assert kept() and kept(automatic) and not kept({"group_size": automatic["group_size"] + 1})
+    assert kept({"group_size": 7}, "plain")  # which has no use for it
+    other = tmp_path / TINY_MODEL.name
+    content = bytearray(TINY_MODEL.read_bytes())
+    other.write_bytes(content)
+    assert kept(model=str(other))  # the same file elsewhere
+    content[-1] ^= 1
+    other.write_bytes(content)
+    assert not kept(model=str(other))
+    monkeypatch.setattr(
+        "selfextend_gguf.evaluation.readers.plan_if_beyond", lambda *sizes, **_: plan(*sizes, group_size=9)
+    )
+    assert not kept() and kept(method="plain")
+    monkeypatch.setattr("selfextend_gguf.evaluation.kept.__version__", "0.0.1")
+    assert not kept(method="plain")
+
+
+def test_stretches_that_did_not_fit_are_left_out_for_all(text_file, monkeypatch):
+    clock = Clock(monkeypatch, 1 / 256)
+    monkeypatch.setitem(Readings.__init__.__kwdefaults__, "clock", clock)
+    arguments = ["eval", "ppl", MODEL, "-f", text_file, "--lengths", "256", "--texts", "3"]
+    whole = invoke(*arguments)
+    assert "of 3 texts" not in whole.stdout, whole.output
+    clock.now = 0.0
+    part = invoke(*arguments, "--budget", "3.5")  # each reading takes 1 s
+    assert part.stdout.splitlines()[-2:] == [
+        f"256 tokens, {method}: {n} of 3 texts: budget" for method, n in (("selfextend", 2), ("plain", 1))
+    ]
+    real, calls = Readings.losses, iter(range(100))
+
+    def interrupted(*given):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(Readings, "losses", interrupted)
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (130, part.stdout.replace("budget", "interrupted"))
 
 
 def test_eval_ppl_goes_on_and_says_what_it_left_out(text_file, tmp_path, monkeypatch):

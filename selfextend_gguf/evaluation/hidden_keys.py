@@ -11,7 +11,10 @@ import numpy.typing as npt
 
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.evaluation.readers import Reader
+from selfextend_gguf.tiny.keys import FACT, KEY_NAMES, QUESTION, random_value
 from selfextend_gguf.tokenizer import Tokenizer
+
+_TOKENS_A_KEY = 128  # a shorter text holds fewer keys, or it would hold little else
 
 
 class Key(NamedTuple):
@@ -49,6 +52,31 @@ def hide(tokenizer: Tokenizer, text: Sequence[int], n_tokens: int, keys: Sequenc
         tokens[0] = tokenizer.bos
     questions = [tokenizer.tokens(key.question, begins=False) for key in keys]
     return KeyText(tokens, np.array(is_text), questions, [key.answer for key in keys])
+
+
+def answer_tokens(digits: int) -> int:
+    """Tokens that suffice for a key of so many digits, each a token of its own, and what may stand before it."""
+    return digits + 3
+
+
+def filled(
+    tokenizer: Tokenizer,
+    text: Sequence[int],
+    n_ctx: int,
+    *,
+    rng: np.random.Generator,
+    most_keys: int = len(KEY_NAMES),
+    digits: int = 5,
+) -> KeyText:
+    """The beginning of `text` with random keys that, with any question about them and its answer, fills a context of
+    `n_ctx` tokens. ConfigError if `text` is too short."""
+    keys = []
+    for name in rng.choice(KEY_NAMES, max(1, min(most_keys, n_ctx // _TOKENS_A_KEY)), replace=False):
+        value = random_value(rng, digits)
+        sentence, question = FACT.format(name=name, value=value), QUESTION.format(name=name)
+        keys.append(Key(f"\n{sentence}\n", "\n" + question.rstrip(), value))
+    longest = max(len(tokenizer.tokens(key.question, begins=False)) for key in keys)
+    return hide(tokenizer, text, n_ctx - longest - answer_tokens(digits), keys)
 
 
 def told(reader: Reader, tokenizer: Tokenizer, text: KeyText, n_tokens: int) -> list[str]:

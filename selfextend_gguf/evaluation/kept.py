@@ -7,7 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
+
+from selfextend_gguf import __version__
 from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.prompt_cache import model_fingerprint
+
+
+def made_by(model_path: str | Path) -> dict[str, object]:
+    """What every result of a model depends on: the file's contents, and the programs. Raises OSError."""
+    return {
+        "model": model_fingerprint(str(model_path), Path(model_path).stat().st_mtime_ns),
+        "selfextend_gguf": __version__,
+        "llama_cpp_python": llama_cpp.__version__,
+    }
 
 
 class Kept:

@@ -86,7 +86,8 @@ def compare(
 ) -> Iterator[LengthResult]:
     """Read stretches of a text by each of `methods` (see `readers.METHODS`) at each length: results as they come.
 
-    There is none for what does not fit the budget of `readings`, nor for lengths that the first method did not read.
+    Where not all stretches fit the budget of `readings`, a method's result is of those that did, if the first method
+    read them as well; if there are none, it has no result. An interrupt comes after the result of what was read.
 
     Args:
         tokens: The whole text.
@@ -96,23 +97,28 @@ def compare(
         parameters: Of Self-Extend.
     """
     for n_tokens in lengths:
-        texts, reference = stretches(tokens, n_tokens, n_texts, bos), None
+        read: dict[str, list[Losses]] = {method: [] for method in methods}
+        interrupt: KeyboardInterrupt | None = None
+        try:
+            for number, text in enumerate(stretches(tokens, n_tokens, n_texts, bos)):
+                for method in methods:
+                    # All have read the same ones, and those that the first one read.
+                    if len(read[method]) < number or (method != methods[0] and len(read[methods[0]]) == number):
+                        continue
+                    on_progress(method, n_tokens)
+                    losses = readings.losses(method, text, parameters)
+                    if losses is not None:
+                        read[method].append(losses)
+        except KeyboardInterrupt as error:
+            interrupt = error
         for method in methods:
-            on_progress(method, n_tokens)
-            read: list[Losses] = []
-            for text in texts:
-                part = readings.losses(method, text, parameters)
-                if part is None:
-                    break
-                read.append(part)
-            if len(read) < len(texts):
-                if reference is None:
-                    break
-                continue
-            losses = np.stack(read)
-            late = second_half(losses).ravel()
-            reference = late if reference is None else reference
-            yield LengthResult(method, n_tokens, perplexity(late), perplexity_ratio(late, reference), losses)
+            if read[method]:
+                losses, reference = np.stack(read[method]), np.stack(read[methods[0]][: len(read[method])])
+                late = second_half(losses).ravel()
+                ratio = perplexity_ratio(late, second_half(reference).ravel())
+                yield LengthResult(method, n_tokens, perplexity(late), ratio, losses)
+        if interrupt is not None:
+            raise interrupt
 
 
 def by_position(losses: Losses, n_bins: int = 40) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -6,6 +6,7 @@ All read with the same llama.cpp, cache and threads, so that their losses can be
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.kv_cache import KV_TYPES, flash_attention_type
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
-from selfextend_gguf.planning import plan, whole_cells
+from selfextend_gguf.planning import plan, plan_if_beyond, whole_cells
 from selfextend_gguf.schedule import SCHEDULES
 
 Losses = npt.NDArray[np.float64]
@@ -254,6 +255,18 @@ def pretended(model_path: str | Path, n_ctx_train: int | None) -> dict[str, Any]
                 f"pretend fewer than that, not {n_ctx_train}"
             )
         return {"kv_overrides": {f"{info.architecture}.context_length": n_ctx_train}}
+
+
+def resolved(
+    method: str, n_ctx_train: int, n_tokens: int, parameters: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The parameters of Self-Extend that `open_reader` reads with, automatic ones included; None where it has none, as
+    within the trained context. Raises ConfigError."""
+    given = parameters or {}
+    if method in SCHEDULES:
+        config = plan_if_beyond(n_ctx_train, n_tokens, schedule=method, **given)
+        return None if config is None else asdict(config)
+    return {"group_size": plan(n_ctx_train, n_tokens, **given).group_size} if method == "loop" else None
 
 
 def open_reader(

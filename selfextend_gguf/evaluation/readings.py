@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
-import llama_cpp
 import numpy as np
 
-from selfextend_gguf.evaluation.kept import Kept
-from selfextend_gguf.evaluation.readers import Losses, open_reader
+from selfextend_gguf.evaluation.kept import Kept, made_by
+from selfextend_gguf.evaluation.readers import Losses, Reader, open_reader, resolved
+from selfextend_gguf.model_info import ModelInfo
 
 _NO_MATTER = ("n_threads", "n_threads_batch", "verbose")  # to what is measured
 
 
 class Readings:
-    """Losses of texts read by one model."""
+    """What one model makes of texts."""
 
     def __init__(
         self,
@@ -30,12 +29,14 @@ class Readings:
         **arguments: Any,
     ) -> None:
         """`kept`: where results are and go; `seconds`: the budget from now on, None for none; `arguments`: of both
-        `Llama` classes."""
+        `Llama` classes. Raises ModelFileError."""
         self._model_path, self._arguments = model_path, arguments
         self._kept = Kept(None) if kept is None else kept
         self._clock = clock
         self._end = None if seconds is None else clock() + seconds
-        self._spent: dict[str, tuple[float, int]] = {}  # seconds and tokens by method
+        self._spent: dict[str, dict[int, float]] = {}  # most seconds, by method and tokens
+        with ModelInfo(model_path, kv_overrides=arguments.get("kv_overrides")) as info:
+            self.n_ctx_train = info.n_ctx_train
 
     @property
     def seconds_left(self) -> float | None:
@@ -43,45 +44,68 @@ class Readings:
         return None if self._end is None else self._end - self._clock()
 
     def losses(self, method: str, text: Sequence[int], parameters: dict[str, Any] | None = None) -> Losses | None:
-        """Losses (n - 1,) of `text` (n tokens), read by one of `readers.METHODS` or before.
+        """Losses (n - 1,) of `text` (n tokens), read by one of `readers.METHODS` or before; None as `measured`."""
+        losses = self.measured(
+            {"measure": "losses"}, lambda reader: reader.losses(text).tolist(), method, text, parameters=parameters
+        )
+        return None if losses is None else np.array(losses)
 
-        None: not begun, because at the speed so far it would not end within the budget. The first reading, which has no
-        speed to go by, is begun while there is time.
+    def measured(
+        self,
+        what: Mapping[str, object],
+        measure: Callable[[Reader], Any],
+        method: str,
+        text: Sequence[int],
+        *,
+        n_ctx: int | None = None,
+        parameters: dict[str, Any] | None = None,
+    ) -> Any:
+        """The result of `measure` on a reader of `text` in a context of `n_ctx` tokens [those of the text]: not None,
+        and something that JSON can hold. `what` else it depends on is told apart from other results.
+
+        None: not begun, because it might not end within the budget. The first reading, which has no speed to go by, is
+        begun while there is time. Raises ConfigError where the method does not reach so far.
         """
-        what = self._what(method, text, parameters)
-        if not self._kept.has(what) and not self._fits(method, len(text)):
-            return None
-        return np.array(self._kept.measured(what, lambda: self._read(method, text, parameters).tolist()))
-
-    def _what(self, method: str, text: Sequence[int], parameters: dict[str, Any] | None) -> dict[str, Any]:
-        """All that losses depend on."""
-        path = Path(self._model_path)
-        return {
-            "model": [path.name, path.stat().st_size],
-            "llama.cpp": llama_cpp.__version__,
+        n_ctx = len(text) if n_ctx is None else n_ctx
+        depends_on = {
+            **what,
+            **made_by(self._model_path),
             "arguments": {name: value for name, value in self._arguments.items() if name not in _NO_MATTER},
             "method": method,
-            "parameters": parameters or {},
-            "length": len(text),
-            "text": crc32(np.asarray(text, np.int32).tobytes()),
+            # Those that are used, not those that are given: another version may choose others.
+            "parameters": resolved(method, self.n_ctx_train, n_ctx, parameters),
+            "n_ctx": n_ctx,
+            "text": [len(text), crc32(np.asarray(text, np.int32).tobytes())],
         }
-
-    def _fits(self, method: str, n_tokens: int) -> bool:
         left = self.seconds_left
-        if left is None:
-            return True
-        # Of the same method if it has read, as a window reads each token several times.
-        spent = [self._spent[method]] if method in self._spent else list(self._spent.values())
-        seconds, tokens = sum(s for s, _ in spent), sum(n for _, n in spent)
-        return left > (seconds / tokens * n_tokens if tokens else 0)
+        if not self._kept.has(depends_on) and left is not None and left <= self._estimate(method, len(text)):
+            return None
+        return self._kept.measured(depends_on, lambda: self._read(measure, method, n_ctx, len(text), parameters))
 
-    def _read(self, method: str, text: Sequence[int], parameters: dict[str, Any] | None) -> Losses:
+    def _estimate(self, method: str, n_tokens: int) -> float:
+        """Seconds that a reading may take; 0 if there was none yet."""
+        # Of the same method if it has read, as a window reads each token several times.
+        others = [spent for by in self._spent.values() for spent in by.items()]
+        known = self._spent[method].items() if method in self._spent else others
+        # A reading takes a*n + b*n*n seconds, the second for attention, with unknown shares. A longer one takes most if
+        # all is attention, a shorter one if nothing is. Of these bounds the lowest is the nearest.
+        ratios = [(n_tokens / n, seconds) for n, seconds in known]
+        return min((seconds * ratio * max(ratio, 1) for ratio, seconds in ratios), default=0)
+
+    def _read(
+        self,
+        measure: Callable[[Reader], Any],
+        method: str,
+        n_ctx: int,
+        n_tokens: int,
+        parameters: dict[str, Any] | None,
+    ) -> Any:
         began = self._clock()
-        reader = open_reader(method, self._model_path, len(text), parameters=parameters, **self._arguments)
+        reader = open_reader(method, self._model_path, n_ctx, parameters=parameters, **self._arguments)
         try:
-            losses = reader.losses(text)
+            result = measure(reader)
         finally:
             reader.close()
-        seconds, tokens = self._spent.get(method, (0.0, 0))
-        self._spent[method] = seconds + self._clock() - began, tokens + len(text)
-        return losses
+        spent = self._spent.setdefault(method, {})
+        spent[n_tokens] = max(spent.get(n_tokens, 0), self._clock() - began)
+        return result
