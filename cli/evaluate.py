@@ -31,10 +31,12 @@ from selfextend_gguf.stores import name_of
 
 from .errors import EXIT_INTERRUPTED
 from .options import (
+    budget_option,
     device_options,
     llama_arguments,
     model_argument,
     pretend_option,
+    resume_option,
     self_extend_options,
     verbose_option,
 )
@@ -92,8 +94,8 @@ def usual_lengths(n_ctx_train: int, limit: int) -> list[int]:
     multiple=True,
     help="Other methods to read the same text by; may be given several times.",
 )
-@click.option("--resume", type=click.Path(path_type=Path), help="Keep results in this file, and go on from there.")
-@click.option("--budget", type=click.FloatRange(0), help="Seconds to spend: what would take longer is not begun.")
+@resume_option
+@budget_option()
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG: perplexity against position.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 @pretend_option

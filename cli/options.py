@@ -505,6 +505,22 @@ def _adapters(plain: Sequence[Path], scaled: Sequence[str]) -> dict[str, float]:
     return adapters
 
 
+resume_option = click.option(
+    "--resume", type=click.Path(path_type=Path), help="Keep results in this file, and go on from there."
+)
+
+
+def budget_option(default: float | None = None) -> Decorator:
+    """--budget: seconds to measure, None for no limit."""
+    return click.option(
+        "--budget",
+        type=click.FloatRange(0),
+        default=default,
+        show_default=default is not None,
+        help="Seconds to spend: what might take longer is not begun.",
+    )
+
+
 pretend_option = click.option(
     "--pretend-trained",
     type=click.IntRange(2),

@@ -13,12 +13,23 @@ import click
 from selfextend_gguf.atomic_file import new_file
 from selfextend_gguf.documents import Pages
 from selfextend_gguf.evaluation import tune as tuning
+from selfextend_gguf.evaluation.kept import Kept
 from selfextend_gguf.evaluation.readers import pretended
+from selfextend_gguf.evaluation.readings import Readings
 from selfextend_gguf.evaluation.tune import Trial
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import DEMO_TEXT
 
-from .options import device_options, model_argument, model_arguments, pretend_option, verbose_option
+from .errors import EXIT_INTERRUPTED
+from .options import (
+    budget_option,
+    device_options,
+    model_argument,
+    model_arguments,
+    pretend_option,
+    resume_option,
+    verbose_option,
+)
 from .progress import status_line
 from .texts import PAGES_OF_WHAT, pages_option, read_text
 
@@ -30,7 +41,8 @@ SHOWN = 5
 @click.option("-c", "--ctx", type=click.IntRange(2), required=True, help="Context to tune for, in tokens.")
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Text or document like yours [a bundled one].")
 @pages_option
-@click.option("--budget", type=click.FloatRange(5), default=1200, show_default=True, help="Seconds to spend.")
+@resume_option
+@budget_option(1200)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the best parameters for --config.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record.")
 @pretend_option
@@ -41,6 +53,7 @@ def tune(
     ctx: int,
     file: Path | None,
     pages: Pages | None,
+    resume: Path | None,
     budget: float,
     out: Path | None,
     as_json: bool,
@@ -50,7 +63,8 @@ def tune(
     """Try Self-Extend's parameters on a text, and print the best.
 
     Schedules, group sizes, windows and distances are ranked by perplexity on the same tokens (those beyond the trained
-    context), paired with the automatic parameters. Keys that are hidden in the text are asked for.
+    context), paired with the automatic parameters. Keys that are hidden in the text are asked for. Ctrl-C ends it with
+    the best so far.
 
     \b
     Examples:
@@ -68,20 +82,24 @@ def tune(
             raise click.ClickException(f"{ctx} tokens fit the trained context of {n_ctx_train}: nothing to tune")
         if ctx > len(tokens):
             raise click.ClickException(f"the text has {len(tokens)} tokens, {ctx} are needed: give a longer with -f")
+        readings = Readings(str(model), kept=Kept(resume), seconds=budget, **arguments)
+        trials: list[Trial] = []
+        why = "budget"
         with status_line() as show:
-            trials = tuning.tune(
-                str(model),
-                tokens,
-                ctx,
-                n_ctx_train,
-                budget,
-                tokenizer=info.tokenizer,
-                on_progress=lambda done, left, seconds: show(
-                    f"{done} readings, {left} candidates, {seconds:.0f} of {budget:.0f} s"
-                ),
-                **arguments,
-            )
+
+            def progress(done: int, left: int) -> None:
+                show(f"{done} readings, {left} candidates, {max(0, readings.seconds_left or 0):.0f} s left")
+
+            try:
+                for ranking in tuning.tune(readings, tokens, ctx, tokenizer=info.tokenizer, on_progress=progress):
+                    trials = ranking
+            except KeyboardInterrupt:
+                if not trials:
+                    raise
+                why = "interrupted"
     n_unread = sum(1 for _ in tuning.candidates(n_ctx_train, ctx)) - len(trials)
+    if not trials:
+        raise click.ClickException(f"no time to read anything within {budget:g} s: give a larger --budget")
     best, default = trials[0], next(t for t in trials if t.is_default)
     if pretend_trained is None:
         command = f"sx-gguf run {shlex.quote(str(model))} --ctx {ctx} {flags(best)}"
@@ -90,16 +108,18 @@ def tune(
         command = f"sx-gguf eval ppl {read} --pretend-trained {pretend_trained} {flags(best)}"
     if as_json:
         records = [record(trial, default) for trial in trials]
-        click.echo(json.dumps({"command": command, "trials": records, "not_reached": n_unread}))
+        click.echo(json.dumps({"command": command, "trials": records, "not_reached": n_unread, "why": why}))
     else:
         click.echo(table(trials, default))
         if n_unread:
-            click.echo(f"{n_unread} of {n_unread + len(trials)} candidates not reached: budget")
+            click.echo(f"{n_unread} of {n_unread + len(trials)} candidates not reached: {why}")
         click.echo(f"\n{command}")
     # Last: a file that cannot be written must not cost what took minutes to measure.
     if out is not None:
         with new_file(out) as (written, _):
             written.write(json.dumps(best.parameters).encode() + b"\n")
+    if why == "interrupted":
+        raise click.exceptions.Exit(EXIT_INTERRUPTED)
 
 
 def table(trials: Sequence[Trial], default: Trial) -> str:

@@ -168,7 +168,7 @@ def test_candidates_start_with_the_default_and_can_be_written_down(n_ctx):
 
 def test_tuned_parameters_are_no_worse_on_other_text(tokens):
     with ModelInfo(MODEL) as info:
-        trials = tune(MODEL, tokens[:20000], 512, 256, budget_seconds=np.inf, tokenizer=info.tokenizer)
+        *_, trials = tune(Readings(MODEL), tokens[:20000], 512, tokenizer=info.tokenizer)
     assert all(trial.retrieval in (0, 0.25, 0.5, 0.75, 1) for trial in trials)  # four keys
     assert trials[0].retrieval == 1
     best, default = trials[0], next(t for t in trials if t.is_default)
@@ -333,11 +333,46 @@ def test_config_files_that_tune_did_not_write_are_refused(tmp_path):
 
 def test_tune_counts_what_it_did_not_reach(text_file, monkeypatch):
     monkeypatch.setattr("selfextend_gguf.evaluation.tune.candidates", lambda *sizes: islice(candidates(*sizes), 3))
-    monkeypatch.setattr("selfextend_gguf.evaluation.tune.time.monotonic", iter(range(0, 10**6, 100)).__next__)
-    result = invoke("tune", MODEL, "-c", "512", "-f", text_file, "--budget", "150")
-    assert "2 of 3 candidates not reached: budget" in result.stdout, result.output
-    result = invoke("tune", MODEL, "-c", "512", "-f", text_file, "--budget", "200")
-    assert "1 of 3 candidates not reached: budget" in result.stdout, result.output
+    clock = Clock(monkeypatch, 0.2)  # 512 tokens take 100 s, and some to ask for keys
+    monkeypatch.setitem(Readings.__init__.__kwdefaults__, "clock", clock)
+    for budget, n_left in (("150", 2), ("300", 1), ("1e6", 0)):
+        result = invoke("tune", MODEL, "-c", "512", "-f", text_file, "--budget", budget)
+        said = f"{n_left} of 3 candidates not reached: budget"
+        assert (said in result.stdout) == (n_left > 0), result.output
+    assert invoke("tune", MODEL, "-c", "512", "-f", text_file, "--budget", "0").stderr == (
+        "Error: no time to read anything within 0 s: give a larger --budget\n"
+    )
+
+
+def test_tune_goes_on_and_an_interrupt_loses_nothing(text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("selfextend_gguf.evaluation.tune.candidates", lambda *sizes: islice(candidates(*sizes), 3))
+    real, tuned = Readings.measured, tmp_path / "tuned.json"
+    arguments = ["tune", MODEL, "-c", "512", "-f", text_file, "--resume", str(tmp_path / "kept.jsonl")]
+
+    def interrupt_reading(number: int) -> None:
+        calls = iter(range(100))
+
+        def interrupted(*given, **named):
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            return real(*given, **named)
+
+        monkeypatch.setattr(Readings, "measured", interrupted)
+
+    interrupt_reading(0)
+    first = invoke(*arguments)
+    assert (first.exit_code, first.stdout, first.stderr) == (130, "", "Interrupted.\n")
+    interrupt_reading(2)
+    part = invoke(*arguments, "-o", str(tuned))
+    lines = part.stdout.splitlines()
+    assert (part.exit_code, lines[3]) == (130, "1 of 3 candidates not reached: interrupted")
+    assert all(
+        f"--{name.replace('_', '-')} {value}" in lines[-1] for name, value in json.loads(tuned.read_text()).items()
+    )
+    monkeypatch.setattr(Readings, "measured", real)
+    again = invoke(*arguments, "--budget", "0")
+    assert again.exit_code == 0
+    assert again.stdout == part.stdout.replace("interrupted", "budget")
 
 
 def test_tune_says_what_is_wrong(text_file):

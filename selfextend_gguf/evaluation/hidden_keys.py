@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,12 @@ class KeyText:
     is_text: npt.NDArray[np.bool_]  # (n_tokens,): not part of a key's sentence
     questions: list[list[int]]
     answers: list[str]
+    answer_tokens: int = 8  # for an answer: enough for five digits, each a token of its own, and what is before them
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What answers depend on besides the tokens."""
+        return {"questions": self.questions, "answer_tokens": self.answer_tokens}
 
 
 def hide(tokenizer: Tokenizer, text: Sequence[int], n_tokens: int, keys: Sequence[Key]) -> KeyText:
@@ -54,11 +60,6 @@ def hide(tokenizer: Tokenizer, text: Sequence[int], n_tokens: int, keys: Sequenc
     return KeyText(tokens, np.array(is_text), questions, [key.answer for key in keys])
 
 
-def answer_tokens(digits: int) -> int:
-    """Tokens that suffice for a key of so many digits, each a token of its own, and what may stand before it."""
-    return digits + 3
-
-
 def filled(
     tokenizer: Tokenizer,
     text: Sequence[int],
@@ -76,10 +77,16 @@ def filled(
         sentence, question = FACT.format(name=name, value=value), QUESTION.format(name=name)
         keys.append(Key(f"\n{sentence}\n", "\n" + question.rstrip(), value))
     longest = max(len(tokenizer.tokens(key.question, begins=False)) for key in keys)
-    return hide(tokenizer, text, n_ctx - longest - answer_tokens(digits), keys)
+    n_answer = digits + KeyText.answer_tokens - 5
+    return replace(hide(tokenizer, text, n_ctx - longest - n_answer, keys), answer_tokens=n_answer)
 
 
-def told(reader: Reader, tokenizer: Tokenizer, text: KeyText, n_tokens: int) -> list[str]:
-    """What greedy decoding answers to each question at the end of the text, in `n_tokens`."""
-    answers = reader.answers(text.tokens, text.questions, n_tokens)
+def told(reader: Reader, tokenizer: Tokenizer, text: KeyText, n_tokens: int | None = None) -> list[str]:
+    """What greedy decoding answers to each question at the end of the text, in `n_tokens` [those of the text]."""
+    answers = reader.answers(text.tokens, text.questions, text.answer_tokens if n_tokens is None else n_tokens)
     return [tokenizer.detokenize(answer).decode("utf-8", "replace") for answer in answers]
+
+
+def found(text: KeyText, answers: Sequence[str]) -> list[bool]:
+    """Which keys the answers hold."""
+    return [wanted in answer for wanted, answer in zip(text.answers, answers, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,17 +9,15 @@ from typing import Any
 import numpy as np
 
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.evaluation.hidden_keys import Key, KeyText, hide, told
+from selfextend_gguf.evaluation.hidden_keys import KeyText, filled, found, told
 from selfextend_gguf.evaluation.perplexity import Estimate, perplexity_ratio, stretches
-from selfextend_gguf.evaluation.readers import Losses, open_reader
+from selfextend_gguf.evaluation.readers import Losses, Reader
+from selfextend_gguf.evaluation.readings import Readings
 from selfextend_gguf.planning import plan
 from selfextend_gguf.schedule import SCHEDULES, SelfExtendConfig
-from selfextend_gguf.tiny.keys import FACT, KEY_NAMES, QUESTION, random_value
 from selfextend_gguf.tokenizer import Tokenizer
 
 _MOST_KEYS = 12
-_ANSWER = 8  # tokens for a key of five digits
-_TOKENS_A_KEY = 128  # a shorter text holds fewer keys, or it would hold little else
 
 
 @dataclass
@@ -103,77 +100,77 @@ def _all_candidates(n_ctx_train: int, n_ctx: int) -> Iterator[SelfExtendConfig]:
                     yield wide
 
 
-def with_keys(tokenizer: Tokenizer, tokens: Sequence[int], n_ctx: int) -> KeyText:
-    """A text with keys that, with any question about them, fills a context of `n_ctx` tokens. ConfigError if `tokens`
-    are too few."""
-    rng = np.random.default_rng(0)
-    names = rng.choice(KEY_NAMES, max(1, min(_MOST_KEYS, n_ctx // _TOKENS_A_KEY)), replace=False)
-    keys = []
-    for name in names:
-        value = random_value(rng)
-        sentence, question = FACT.format(name=name, value=value), QUESTION.format(name=name)
-        keys.append(Key(f"\n{sentence}\n", "\n" + question.rstrip(), value))
-    longest = max(len(tokenizer.tokens(key.question, begins=False)) for key in keys)
-    return hide(tokenizer, tokens, n_ctx - longest - _ANSWER, keys)
-
-
 def tune(
-    model_path: str,
+    readings: Readings,
     tokens: Sequence[int],
     n_ctx: int,
-    n_ctx_train: int,
-    budget_seconds: float,
     *,
     tokenizer: Tokenizer,
-    on_progress: Callable[[int, int, float], None] = lambda done, left, seconds: None,
-    **arguments: Any,
-) -> list[Trial]:
-    """Trials from best to worst: by keys found (where they are clearly fewer than the most), then by paired perplexity.
+    on_progress: Callable[[int, int], None] = lambda done, left: None,
+) -> Iterator[list[Trial]]:
+    """After each reading the trials so far from best to worst: by keys found (where they are clearly fewer than the
+    most), then by paired perplexity.
 
     Successive halving: all candidates read one stretch of the text, in which keys are hidden, the better half another,
-    and so on until the texts are used up, or the time that is left is shorter than a reading. Losses are those of the
-    tokens beyond the trained context, without those of the keys.
+    and so on until the texts are used up, or no reading fits the budget of `readings`. Losses are those of the tokens
+    beyond the trained context, without those of the keys.
 
     Args:
         tokens: The text to tune on; ConfigError if it is shorter than `n_ctx`.
         tokenizer: The model's.
-        on_progress: Called after each reading: readings done, candidates left, seconds used.
-        arguments: Of `Llama`.
+        on_progress: Called before each reading: readings done, candidates left.
     """
-    began = time.monotonic()
     texts = stretches(tokens, n_ctx, 8, tokenizer.bos)
-    keys = with_keys(tokenizer, tokens, n_ctx)
-    trials = [Trial(config, is_default=i == 0) for i, config in enumerate(candidates(n_ctx_train, n_ctx))]
-    running, done, longest, spent = list(trials), 0, 0.0, 0.0
+    keys = filled(tokenizer, tokens, n_ctx, rng=np.random.default_rng(0), most_keys=_MOST_KEYS)
+    configs = candidates(readings.n_ctx_train, n_ctx)
+    trials = [Trial(config, is_default=i == 0) for i, config in enumerate(configs)]
+    running, done = list(trials), 0
     for number, text in enumerate(texts):
         for trial in running:
-            if done and spent + longest > budget_seconds:
-                break
-            reader = open_reader(
-                trial.config.schedule, model_path, n_ctx, parameters=_without_schedule(trial), **arguments
-            )
-            try:
-                if number == 0:
-                    losses = reader.losses(keys.tokens)
-                    trial.losses.append(losses[n_ctx_train:][keys.is_text[1 + n_ctx_train :]])
-                    answers = told(reader, tokenizer, keys, _ANSWER)
-                    found = [wanted in answer for wanted, answer in zip(keys.answers, answers, strict=True)]
-                    trial.retrieval = float(np.mean(found))
-                else:
-                    trial.losses.append(reader.losses(text)[n_ctx_train:])
-            finally:
-                reader.close()
-            done += 1
-            before, spent = spent, time.monotonic() - began
-            longest = max(longest, spent - before)
-            on_progress(done, len(running), spent)
+            on_progress(done, len(running))
+            if _read_keys(readings, trial, tokenizer, keys) if number == 0 else _read(readings, trial, text):
+                done += 1
+                yield _ranked(trials, clearly_fewer=max(0.1, 1.5 / len(keys.answers)))
+            elif trial.is_default:
+                return  # there is nothing to compare others with
         finished = [t for t in running if len(t.losses) > number]
         if len(finished) < len(running) or len(finished) <= 4:
             break
         finished.sort(key=lambda t: t.mean_loss(number + 1))
         kept = finished[: (len(finished) + 1) // 2]
         running = kept + [t for t in finished[len(kept) :] if t.is_default]
-    return _ranked(trials, clearly_fewer=max(0.1, 1.5 / len(keys.answers)))
+
+
+def _read_keys(readings: Readings, trial: Trial, tokenizer: Tokenizer, text: KeyText) -> bool:
+    """Whether there was time to read a text and ask for its keys."""
+
+    def measure(reader: Reader) -> dict[str, Any]:
+        return {"losses": reader.losses(text.tokens).tolist(), "answers": told(reader, tokenizer, text)}
+
+    what = {"measure": "losses and answers", **text.asked}
+    result = readings.measured(
+        what,
+        measure,
+        trial.config.schedule,
+        text.tokens,
+        n_ctx=trial.config.n_ctx,
+        parameters=_without_schedule(trial),
+    )
+    if result is None:
+        return False
+    beyond = readings.n_ctx_train
+    trial.losses.append(np.array(result["losses"])[beyond:][text.is_text[1 + beyond :]])
+    trial.retrieval = float(np.mean(found(text, result["answers"])))
+    return True
+
+
+def _read(readings: Readings, trial: Trial, text: Sequence[int]) -> bool:
+    """Whether there was time to read a text."""
+    losses = readings.losses(trial.config.schedule, text, _without_schedule(trial))
+    if losses is None:
+        return False
+    trial.losses.append(losses[readings.n_ctx_train :])
+    return True
 
 
 def _without_schedule(trial: Trial) -> dict[str, Any]:
