@@ -6,7 +6,8 @@ import errno
 import os
 import sys
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import click
 
@@ -17,6 +18,27 @@ from .options import VERBOSE
 from .settings import blame, read_settings
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXPECTED = (SelfExtendError, OSError, MemoryError)
+T = TypeVar("T")
+
+
+def collect(measuring: Iterator[T]) -> tuple[list[T], Exception | KeyboardInterrupt | None]:
+    """Results as they come, and what ended it too early: to be raised when they are printed, or at once if there are
+    none."""
+    results = []
+    try:
+        for result in measuring:
+            results.append(result)
+    except (KeyboardInterrupt, *EXPECTED) as stop:
+        if not results:
+            raise
+        return results, stop
+    return results, None
+
+
+def reason(stop: Exception | KeyboardInterrupt | None) -> str:
+    """Why something was not measured."""
+    return "budget" if stop is None else "interrupted" if isinstance(stop, KeyboardInterrupt) else "error"
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -52,7 +74,7 @@ class ErrorHandlingGroup(click.Group):
             ctx.exit(EXIT_INTERRUPTED)
         except click.BadParameter as error:
             raise blame(error) from error
-        except (SelfExtendError, OSError, MemoryError) as error:
+        except EXPECTED as error:
             if VERBOSE in ctx.meta:
                 raise
             if isinstance(error, OSError) and error.errno == errno.EPIPE:

@@ -20,7 +20,7 @@ from selfextend_gguf.evaluation.tune import Trial
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import DEMO_TEXT
 
-from .errors import EXIT_INTERRUPTED
+from .errors import collect, reason
 from .options import (
     budget_option,
     device_options,
@@ -83,20 +83,14 @@ def tune(
         if ctx > len(tokens):
             raise click.ClickException(f"the text has {len(tokens)} tokens, {ctx} are needed: give a longer with -f")
         readings = Readings(str(model), kept=Kept(resume), seconds=budget, **arguments)
-        trials: list[Trial] = []
-        why = "budget"
         with status_line() as show:
 
             def progress(done: int, left: int) -> None:
                 show(f"{done} readings, {left} candidates, {max(0, readings.seconds_left or 0):.0f} s left")
 
-            try:
-                for ranking in tuning.tune(readings, tokens, ctx, tokenizer=info.tokenizer, on_progress=progress):
-                    trials = ranking
-            except KeyboardInterrupt:
-                if not trials:
-                    raise
-                why = "interrupted"
+            measuring = tuning.tune(readings, tokens, ctx, tokenizer=info.tokenizer, on_progress=progress)
+            rankings, stop = collect(measuring)
+    trials, why = rankings[-1] if rankings else [], reason(stop)
     n_unread = sum(1 for _ in tuning.candidates(n_ctx_train, ctx)) - len(trials)
     if not trials:
         raise click.ClickException(f"no time to read anything within {budget:g} s: give a larger --budget")
@@ -118,8 +112,8 @@ def tune(
     if out is not None:
         with new_file(out) as (written, _):
             written.write(json.dumps(best.parameters).encode() + b"\n")
-    if why == "interrupted":
-        raise click.exceptions.Exit(EXIT_INTERRUPTED)
+    if stop is not None:
+        raise stop
 
 
 def table(trials: Sequence[Trial], default: Trial) -> str:

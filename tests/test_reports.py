@@ -169,7 +169,7 @@ def test_numbers_of_a_config_file_are_those_of_the_command_line(content, words, 
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", [["eval", "passkey", "--plain"], ["bench"], ["serve", "--port", "0"]])
+@pytest.mark.parametrize("command", [["eval", "passkey"], ["bench"], ["serve", "--port", "0"]])
 def test_numbers_for_llama_cpps_own_class(command):
     result = CliRunner().invoke(main, [*command, MODEL, "-t", "100000"])
     assert (result.exit_code, result.stderr) == (1, "Error: n_threads must be between 0 and 512, not 100000\n")

@@ -8,11 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from selfextend_gguf import Llama
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.evaluation.retrieval import ANSWER_ROOM, evaluate_grid, wilson_interval
+from selfextend_gguf.evaluation.retrieval import wilson_interval
 from selfextend_gguf.evaluation.tasks import NOISE, TASKS, Wish, recall
-from selfextend_gguf.models import TINY_MODEL
 
 
 def words(text: str) -> int:
@@ -220,12 +218,3 @@ def test_too_small_a_budget_and_too_short_a_text_are_refused():
         TASKS["native"](rng(), wish(5000, text="word " * 300))
     with pytest.raises(ConfigError, match="too short: 0 bytes"):
         TASKS["native"](rng(), wish(5000))
-
-
-def test_the_bundled_model_finds_native_keys(heldout_text):
-    llm = Llama(str(TINY_MODEL), n_ctx=512 + ANSWER_ROOM, verbose=False)
-    cells = evaluate_grid(
-        llm, "native", [512], [0.1, 0.9], 3, count_tokens=lambda part: len(part.encode()), text=heldout_text
-    )
-    assert [(c.depth, c.score) for c in cells] == [(0.1, 1.0), (0.9, 1.0)]
-    assert cells[0].low == pytest.approx(0.4385, abs=1e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,19 +26,26 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KeyText:
-    """Tokens of a text with hidden keys."""
+class Quiz:
+    """A text to read once, and questions to ask at its end, one after the other."""
 
     tokens: list[int]
-    is_text: npt.NDArray[np.bool_]  # (n_tokens,): not part of a key's sentence
     questions: list[list[int]]
-    answers: list[str]
-    answer_tokens: int = 8  # for an answer: enough for five digits, each a token of its own, and what is before them
+    #: For an answer; this many are enough for five digits, each a token of its own, and what may stand before them.
+    answer_tokens: int = field(default=8, kw_only=True)
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What answers depend on besides the tokens."""
+        """What answers depend on besides the tokens of the text."""
         return {"questions": self.questions, "answer_tokens": self.answer_tokens}
+
+
+@dataclass(frozen=True)
+class KeyText(Quiz):
+    """A text with hidden keys."""
+
+    answers: list[str]
+    is_text: npt.NDArray[np.bool_]  # (n_tokens,): not part of a key's sentence
 
 
 def hide(tokenizer: Tokenizer, text: Sequence[int], n_tokens: int, keys: Sequence[Key]) -> KeyText:
@@ -57,7 +64,7 @@ def hide(tokenizer: Tokenizer, text: Sequence[int], n_tokens: int, keys: Sequenc
     if tokenizer.bos is not None:
         tokens[0] = tokenizer.bos
     questions = [tokenizer.tokens(key.question, begins=False) for key in keys]
-    return KeyText(tokens, np.array(is_text), questions, [key.answer for key in keys])
+    return KeyText(tokens, questions, [key.answer for key in keys], np.array(is_text))
 
 
 def filled(
@@ -70,20 +77,24 @@ def filled(
     digits: int = 5,
 ) -> KeyText:
     """The beginning of `text` with random keys that, with any question about them and its answer, fills a context of
-    `n_ctx` tokens. ConfigError if `text` is too short."""
+    `n_ctx` tokens. ConfigError if `text` is too short, or `n_ctx` are too few for one key."""
     keys = []
     for name in rng.choice(KEY_NAMES, max(1, min(most_keys, n_ctx // _TOKENS_A_KEY)), replace=False):
         value = random_value(rng, digits)
         sentence, question = FACT.format(name=name, value=value), QUESTION.format(name=name)
         keys.append(Key(f"\n{sentence}\n", "\n" + question.rstrip(), value))
     longest = max(len(tokenizer.tokens(key.question, begins=False)) for key in keys)
-    n_answer = digits + KeyText.answer_tokens - 5
-    return replace(hide(tokenizer, text, n_ctx - longest - n_answer, keys), answer_tokens=n_answer)
+    n_answer = digits + Quiz.answer_tokens - 5
+    n_sentences = sum(len(tokenizer.tokens(key.sentence, begins=False)) for key in keys)
+    n_tokens = n_ctx - longest - n_answer
+    if n_tokens <= n_sentences + len(keys):
+        raise ConfigError(f"{n_ctx} tokens have no room for a key, a question about it and an answer")
+    return replace(hide(tokenizer, text, n_tokens, keys), answer_tokens=n_answer)
 
 
-def told(reader: Reader, tokenizer: Tokenizer, text: KeyText, n_tokens: int | None = None) -> list[str]:
-    """What greedy decoding answers to each question at the end of the text, in `n_tokens` [those of the text]."""
-    answers = reader.answers(text.tokens, text.questions, text.answer_tokens if n_tokens is None else n_tokens)
+def told(reader: Reader, tokenizer: Tokenizer, quiz: Quiz, n_tokens: int | None = None) -> list[str]:
+    """What greedy decoding answers to each question at the end of the text, in `n_tokens` [as the quiz says]."""
+    answers = reader.answers(quiz.tokens, quiz.questions, quiz.answer_tokens if n_tokens is None else n_tokens)
     return [tokenizer.detokenize(answer).decode("utf-8", "replace") for answer in answers]
 
 

@@ -84,41 +84,39 @@ def compare(
     on_progress: Callable[[str, int], None] = lambda method, n_tokens: None,
     parameters: dict[str, Any] | None = None,
 ) -> Iterator[LengthResult]:
-    """Read stretches of a text by each of `methods` (see `readers.METHODS`) at each length: results as they come.
+    """Read stretches of a text by each of `methods` (see `readers.METHODS`) at each length. After each reading comes
+    its method's result at that length so far, in place of the one before.
 
-    Where not all stretches fit the budget of `readings`, a method's result is of those that did, if the first method
-    read them as well; if there are none, it has no result. An interrupt comes after the result of what was read.
+    A method reads a stretch if the first one did, and both read those before it: where the budget of `readings` ends, a
+    result is of fewer stretches, and there is none of what read nothing.
 
     Args:
-        tokens: The whole text.
+        tokens: The whole text; ConfigError if a length is beyond it, or beyond the reach of a method.
         n_texts: Stretches a length.
         bos: The token that the vocabulary wants before each of them, if it wants one.
         on_progress: Called before each reading with the method and the length.
         parameters: Of Self-Extend.
     """
+    texts = {n_tokens: stretches(tokens, n_tokens, n_texts, bos) for n_tokens in lengths}
+    readings.check_reach(methods, lengths, parameters)
     for n_tokens in lengths:
         read: dict[str, list[Losses]] = {method: [] for method in methods}
-        interrupt: KeyboardInterrupt | None = None
-        try:
-            for number, text in enumerate(stretches(tokens, n_tokens, n_texts, bos)):
-                for method in methods:
-                    # All have read the same ones, and those that the first one read.
-                    if len(read[method]) < number or (method != methods[0] and len(read[methods[0]]) == number):
-                        continue
-                    on_progress(method, n_tokens)
-                    losses = readings.losses(method, text, parameters)
-                    if losses is not None:
-                        read[method].append(losses)
-        except KeyboardInterrupt as error:
-            interrupt = error
-        for method in methods:
-            if read[method]:
-                losses, reference = np.stack(read[method]), np.stack(read[methods[0]][: len(read[method])])
-                late = second_half(losses).ravel()
-                ratio = perplexity_ratio(late, second_half(reference).ravel())
-                yield LengthResult(method, n_tokens, perplexity(late), ratio, losses)
-        if interrupt is not None:
-            raise interrupt
+        first = read[methods[0]]
+        for number, text in enumerate(texts[n_tokens]):
+            for method in methods:
+                if len(read[method]) < number or (method != methods[0] and len(first) == number):
+                    continue
+                on_progress(method, n_tokens)
+                losses = readings.losses(method, text, parameters)
+                if losses is not None:
+                    read[method].append(losses)
+                    yield _result(method, n_tokens, np.stack(read[method]), np.stack(first[: number + 1]))
+
+
+def _result(method: str, n_tokens: int, losses: Losses, reference: Losses) -> LengthResult:
+    late = second_half(losses).ravel()
+    ratio = perplexity_ratio(late, second_half(reference).ravel())
+    return LengthResult(method, n_tokens, perplexity(late), ratio, losses)
 
 
 def by_position(losses: Losses, n_bins: int = 40) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

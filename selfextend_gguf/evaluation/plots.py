@@ -59,13 +59,14 @@ def plot_curves(
 def plot_retrieval(
     scores: npt.NDArray[np.float64], lengths: Sequence[int], depths: Sequence[float], file: BinaryIO | Path, title: str
 ) -> None:
-    """Heat map of mean scores (len(depths), len(lengths)), as PNG."""
+    """Heat map of mean scores (len(depths), len(lengths)), nan where there is none, as PNG."""
     figure, axes = _figure(2 + 0.9 * len(lengths), 1.8 + 0.45 * len(depths))
     image = axes.imshow(scores, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     axes.set(xlabel="text length (tokens)", ylabel="depth of the key", title=title)
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     for row, column in np.ndindex(scores.shape):
-        axes.text(column, row, f"{scores[row, column]:.2f}", ha="center", va="center", fontsize=8)
+        if not np.isnan(scores[row, column]):
+            axes.text(column, row, f"{scores[row, column]:.2f}", ha="center", va="center", fontsize=8)
     figure.colorbar(image, label="score")
     figure.savefig(file, dpi=130, format="png")

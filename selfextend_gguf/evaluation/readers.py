@@ -25,7 +25,7 @@ from selfextend_gguf.schedule import SCHEDULES
 
 Losses = npt.NDArray[np.float64]
 
-_LOOP_ROOM = 1024  # tokens for questions, which the loop cannot take back
+_LOOP_ROOM = 4096  # tokens for questions, which the loop cannot take back
 _LONG_STEP = 512  # tokens of a step for which flash attention is as fast as attention without it
 _LOOP_BATCH = 32  # tokens between two looks of llama.cpp's own loop; it needs them to be fewer than its window
 
@@ -39,7 +39,7 @@ class Reader(Protocol):
 
     def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
         """Read the prompt once, unless it was read last; for each question go back to its end, read the question,
-        continue it greedily."""
+        continue it greedily until the model ends its answer, or by `n_tokens`."""
         ...
 
     def close(self) -> None: ...
@@ -54,6 +54,11 @@ def token_losses(logits: npt.NDArray[np.float32] | npt.NDArray[np.float64], targ
         chosen = np.asarray(targets[begin : begin + 64])
         result[begin : begin + 64] = np.log(np.exp(rows).sum(-1)) - rows[np.arange(len(rows)), chosen]
     return result
+
+
+def _ends(llm: llama_cpp.Llama, token: int) -> bool:
+    """Whether a token ends an answer."""
+    return bool(llama_cpp.llama_vocab_is_eog(llm._model.vocab, token))
 
 
 class LlamaReader:
@@ -101,6 +106,8 @@ class LlamaReader:
             for _ in range(n_tokens):
                 for logits in self._read(tokens, begin, all_logits=False):
                     chosen = int(logits[-1].argmax())
+                if _ends(self._llm, chosen):
+                    break
                 begin = len(tokens)
                 answer.append(chosen)
                 tokens.append(chosen)
@@ -138,6 +145,8 @@ class WindowReader:
 
     def answers(self, prompt: Sequence[int], questions: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
         kept = self._window - max(map(len, questions), default=0) - n_tokens
+        if kept < 1:
+            raise ConfigError(f"a window of {self._window} tokens has no room for the question and its answer")
         return self._reader.answers(self._fresh(prompt[-kept:]), questions, n_tokens)
 
 
@@ -194,10 +203,10 @@ class LoopReader:
         for question in questions:
             logits = [part[-1].copy() for part in self._read(question)]
             answer = [int(logits[-1].argmax())]
-            while len(answer) < n_tokens:
+            while len(answer) < n_tokens and not _ends(self._llm, answer[-1]):
                 logits = [part[-1].copy() for part in self._read(answer[-1:])]
                 answer.append(int(logits[-1].argmax()))
-            result.append(answer)
+            result.append(answer[:-1] if _ends(self._llm, answer[-1]) else answer)
         return result
 
 

@@ -43,6 +43,14 @@ class Readings:
         """Of the budget; None without one."""
         return None if self._end is None else self._end - self._clock()
 
+    def check_reach(
+        self, methods: Sequence[str], lengths: Sequence[int], parameters: dict[str, Any] | None = None
+    ) -> None:
+        """Raises ConfigError if one of the methods does not reach one of the lengths."""
+        for n_tokens in lengths:
+            for method in methods:
+                resolved(method, self.n_ctx_train, n_tokens, parameters)
+
     def losses(self, method: str, text: Sequence[int], parameters: dict[str, Any] | None = None) -> Losses | None:
         """Losses (n - 1,) of `text` (n tokens), read by one of `readers.METHODS` or before; None as `measured`."""
         losses = self.measured(
@@ -78,12 +86,15 @@ class Readings:
             "text": [len(text), crc32(np.asarray(text, np.int32).tobytes())],
         }
         left = self.seconds_left
-        if not self._kept.has(depends_on) and left is not None and left <= self._estimate(method, len(text)):
+        if not self._kept.has(depends_on) and left is not None and left <= self.estimate(method, len(text)):
             return None
-        return self._kept.measured(depends_on, lambda: self._read(measure, method, n_ctx, len(text), parameters))
+        seconds, result = self._kept.measured(depends_on, lambda: self._read(measure, method, n_ctx, parameters))
+        spent = self._spent.setdefault(method, {})  # kept ones tell the speed as well
+        spent[len(text)] = max(spent.get(len(text), 0), seconds)
+        return result
 
-    def _estimate(self, method: str, n_tokens: int) -> float:
-        """Seconds that a reading may take; 0 if there was none yet."""
+    def estimate(self, method: str, n_tokens: int) -> float:
+        """Seconds that a reading may take at most, by those so far; 0 if there was none yet."""
         # Of the same method if it has read, as a window reads each token several times.
         others = [spent for by in self._spent.values() for spent in by.items()]
         known = self._spent[method].items() if method in self._spent else others
@@ -93,19 +104,13 @@ class Readings:
         return min((seconds * ratio * max(ratio, 1) for ratio, seconds in ratios), default=0)
 
     def _read(
-        self,
-        measure: Callable[[Reader], Any],
-        method: str,
-        n_ctx: int,
-        n_tokens: int,
-        parameters: dict[str, Any] | None,
-    ) -> Any:
+        self, measure: Callable[[Reader], Any], method: str, n_ctx: int, parameters: dict[str, Any] | None
+    ) -> tuple[float, Any]:
+        """Seconds that it took, and the result."""
         began = self._clock()
         reader = open_reader(method, self._model_path, n_ctx, parameters=parameters, **self._arguments)
         try:
             result = measure(reader)
         finally:
             reader.close()
-        spent = self._spent.setdefault(method, {})
-        spent[n_tokens] = max(spent.get(n_tokens, 0), self._clock() - began)
-        return result
+        return self._clock() - began, result

@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
-from selfextend_gguf.evaluation.tasks import TASKS, WITH_DEPTH, CountTokens, Task, Wish, recall
+from selfextend_gguf.evaluation.hidden_keys import Quiz, filled, told
+from selfextend_gguf.evaluation.readings import Readings
+from selfextend_gguf.evaluation.tasks import TASKS, WITH_DEPTH, Wish, recall
+from selfextend_gguf.tokenizer import Tokenizer
 
-ANSWER_ROOM = 130  # tokens behind a prompt: no task's answer takes more than 128
+PLAIN = "plain"  # of readers.METHODS: as every method reads within the trained context
+Grades = list[tuple[float | None, float]]  # of an exam: depth and recall of each answer
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Mean recall of one length and depth, with a 95 % confidence interval."""
+class Exam:
+    """A quiz with what the answers should be."""
 
-    n_tokens: int
-    depth: float | None  # None: the task has no depth of its own
+    quiz: Quiz
+    references: list[tuple[str, ...]]  # a question: what its answer should hold
+    depths: list[float | None]  # where it stands, 0 = start, 1 = end; None: nowhere in particular
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean recall of so many answers, with a 95 % confidence interval."""
+
     n_trials: int
     score: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, recalls: Sequence[float]) -> Score:
+        mean = float(np.mean(recalls))
+        return cls(len(recalls), mean, *wilson_interval(mean, len(recalls)))
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """One method at one text length."""
+
+    method: str
+    n_tokens: int
+    n_texts: int
+    score: Score
+    by_depth: dict[float, Score]
 
 
 def wilson_interval(score: float, n: int) -> tuple[float, float]:
@@ -42,44 +70,109 @@ def greedy_answer(llm: llama_cpp.Llama, prompt: str, max_tokens: int) -> str:
     return str(answer["choices"][0]["text"])
 
 
-def score(llm: llama_cpp.Llama, task: Task) -> float:
-    """Recall of the greedy answer to a task."""
-    return recall(greedy_answer(llm, task.prompt, task.max_tokens), task.answers)
+# ---- exams -----------------------------------------------------------------------------------------------------------
 
 
-def evaluate_grid(
-    llm: llama_cpp.Llama,
+def key_exams(
+    tokenizer: Tokenizer, n_tokens: int, *, text: str, n_texts: int, n_depths: int, digits: int, seed: int
+) -> Iterator[Exam]:
+    """Texts of `n_tokens`, questions and answers included, with many keys each, whose depths are rounded to the middles
+    of `n_depths` equal parts. `text` is repeated where it is too short."""
+    tokens = tokenizer.tokens(text)
+    tokens = tokenizer.tokens("\n".join([text] * (1 + n_tokens // len(tokens))))
+    for number in range(n_texts):
+        rng = np.random.default_rng([seed, n_tokens, number])
+        quiz = filled(tokenizer, tokens, n_tokens, rng=rng, digits=digits)
+        n = len(quiz.answers)
+        depths = [((2 * i + 1) * n_depths // (2 * n) + 0.5) / n_depths for i in range(n)]
+        yield Exam(quiz, [(answer,) for answer in quiz.answers], [*depths])
+
+
+def task_exams(
+    tokenizer: Tokenizer,
     task: str,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    n_trials: int,
+    n_tokens: int,
     *,
-    count_tokens: CountTokens,
-    seed: int = 0,
-    digits: int = 5,
-    text: str = "",
-    on_progress: Callable[[int, float | None], None] = lambda n_tokens, depth: None,
-) -> list[Cell]:
-    """Score `n_trials` prompts of a task of TASKS at each length and depth.
+    n_trials: int,
+    depths: Sequence[float],
+    digits: int,
+    seed: int,
+    text: str,
+) -> Iterator[Exam]:
+    """`n_trials` prompts of one of TASKS for each depth, if it is a task with depths; `n_tokens` with their answers.
+
+    `text`: ASCII haystack of the task `native`. ConfigError if `n_tokens` have no room for the task.
+    """
+
+    def count(part: str) -> int:
+        return len(tokenizer.tokens(part))
+
+    for trial in range(n_trials):
+        for number, depth in enumerate(depths if task in WITH_DEPTH else [None]):
+            room = 0
+            for _ in range(2):  # the first one says how long its answer may be
+                rng = np.random.default_rng([seed, n_tokens, number, trial])
+                made = TASKS[task](rng, Wish(n_tokens - room, count, depth or 0.0, digits, text))
+                room = made.max_tokens
+            *tokens, last = tokenizer.tokens(made.prompt)
+            yield Exam(Quiz(tokens, [[last]], answer_tokens=room), [made.answers], [depth])
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def methods_at(n_tokens: int, n_ctx_train: int, methods: Sequence[str]) -> Sequence[str]:
+    """Those of `methods` that differ at a length: within the trained context all read as plain llama.cpp does."""
+    return methods if n_tokens > n_ctx_train else (PLAIN,)
+
+
+def retrieve(
+    readings: Readings,
+    exams: Callable[[int], Iterator[Exam]],
+    methods: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    tokenizer: Tokenizer,
+    on_progress: Callable[[str, int], None] = lambda method, n_tokens: None,
+    parameters: dict[str, Any] | None = None,
+) -> Iterator[Retrieved]:
+    """Let each of `methods` (see `readers.METHODS`) take the exams of each length. After each exam comes its method's
+    result at that length so far, in place of the one before; there is none of exams beyond the budget of `readings`.
 
     Args:
-        lengths: Most tokens of a prompt; the context must have room for ANSWER_ROOM more.
-        depths: 0 to 1; tasks with several things to find have none, and one cell a length.
-        count_tokens: Number of tokens of a text.
-        seed: The prompts follow from it.
-        digits: Of a passkey.
-        text: ASCII haystack of the task `native`.
-        on_progress: Called before each cell.
+        exams: Those of a length in tokens, with answers.
+        lengths: ConfigError if one is beyond the reach of a method.
+        on_progress: Called before each reading with the method and the length.
+        parameters: Of Self-Extend.
     """
-    cells = []
+    readings.check_reach(methods, lengths, parameters)
     for n_tokens in lengths:
-        for number, depth in enumerate(depths if task in WITH_DEPTH else [None]):
-            on_progress(n_tokens, depth)
-            rng = np.random.default_rng([seed, n_tokens, number])
-            scores = []
-            for _ in range(n_trials):
-                wish = Wish(n_tokens, count_tokens, 0.0 if depth is None else depth, digits, text)
-                scores.append(score(llm, TASKS[task](rng, wish)))
-            mean = float(np.mean(scores))
-            cells.append(Cell(n_tokens, depth, n_trials, mean, *wilson_interval(mean, n_trials)))
-    return cells
+        graded: dict[str, list[Grades]] = {m: [] for m in methods_at(n_tokens, readings.n_ctx_train, methods)}
+        for number, exam in enumerate(exams(n_tokens)):
+            if max(map(len, graded.values())) < number:
+                break  # no time for any more
+            for method, grades in graded.items():
+                if len(grades) < number:  # each takes the same ones, from the first on
+                    continue
+                on_progress(method, n_tokens)
+                quiz = exam.quiz
+                answers = readings.measured(
+                    {"measure": "answers", **quiz.asked},
+                    partial(told, tokenizer=tokenizer, quiz=quiz),
+                    method,
+                    quiz.tokens,
+                    n_ctx=n_tokens,
+                    parameters=parameters,
+                )
+                if answers is not None:
+                    grades.append(list(zip(exam.depths, map(recall, answers, exam.references), strict=True)))
+                    yield _result(method, n_tokens, grades)
+
+
+def _result(method: str, n_tokens: int, graded: Sequence[Grades]) -> Retrieved:
+    grades = [grade for exam in graded for grade in exam]
+    by_depth = {
+        depth: Score.of([recalled for at, recalled in grades if at == depth])
+        for depth in sorted({at for at, _ in grades if at is not None})
+    }
+    return Retrieved(method, n_tokens, len(graded), Score.of([recalled for _, recalled in grades]), by_depth)

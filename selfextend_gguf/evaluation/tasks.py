@@ -4,7 +4,7 @@
 examples/passkey, `native` one that the bundled tiny models understand. The others follow RULER (arXiv 2404.06654):
 its needles, templates, answer prefixes, numbers of tokens to generate, and recall. What differs:
 
-* RULER's length counts the tokens to generate too; here it is that of the prompt alone.
+* RULER's length counts the tokens to generate too; here a `Wish` has that of the prompt alone.
 * RULER draws keys from a package of English words. Here they come from the lists below, and no two needles share a key
   until all 10000 pairs are used; the keys asked for are never used again.
 * `niah_multivalue` and `niah_multiquery` hide needles in essays, which would have to be downloaded. Here it is noise.
