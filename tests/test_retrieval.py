@@ -115,6 +115,15 @@ def test_a_text_is_read_once_for_all_its_keys(tokenizer, heldout_text, n_read):
     assert len(long) == 2 + 2 * 2 and max(n for n in n_read if n not in long) < 50  # texts; questions, answers
 
 
+def test_methods_take_the_same_exams(tokenizer, heldout_text, monkeypatch):
+    """One that had no time for the first takes none of those behind it, which may be easier."""
+    real, calls = Readings.measured, iter(range(100))
+    monkeypatch.setattr(Readings, "measured", lambda *a, **kw: None if next(calls) == 1 else real(*a, **kw))
+    exams = partial(key_exams, tokenizer, text=heldout_text, n_texts=2, n_depths=2, digits=5, seed=0)
+    results = retrieve(Readings(MODEL), exams, ["selfextend", "plain"], [512], tokenizer=tokenizer)
+    assert [(r.method, r.n_texts) for r in results] == [("selfextend", 1), ("selfextend", 2)]
+
+
 @pytest.mark.parametrize("method", ["plain", "loop"])
 def test_an_answer_ends_where_the_model_ends_it(monkeypatch, method):
     reader = open_reader(method, MODEL, 200)
