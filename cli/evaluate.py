@@ -331,13 +331,17 @@ def passkey(
         raise stop
     if plot is not None and results:  # last: a file that cannot be written loses nothing
         shown = [r for r in results if r.method in methods_at(r.n_tokens, n_ctx_train, methods[:1])]
-        rows = sorted({depth for r in shown for depth in r.by_depth})
-        scores = [[r.by_depth[d].score if d in r.by_depth else np.nan for r in shown] for d in rows]
-        title = f"{task}: {name_of(model)}, {methods[0]}"
-        if not rows:  # a task without depths
-            rows, scores = [0.5], [[r.score.score for r in shown]]
-        with new_file(plot) as (picture, _):
-            plot_retrieval(np.array(scores), [r.n_tokens for r in shown], rows, picture, title)
+        heat_map(shown, plot, f"{task}: {name_of(model)}, {methods[0]}")
+
+
+def heat_map(results: Sequence[Retrieved], plot: Path, title: str) -> None:
+    """Scores of one method, a column a length; a single row for a task without depths."""
+    depths = sorted({depth for r in results for depth in r.by_depth})
+    scores = [[r.by_depth[d].score if d in r.by_depth else np.nan for r in results] for d in depths]
+    if not depths:
+        depths, scores = [0.5], [[r.score.score for r in results]]
+    with new_file(plot) as (picture, _):
+        plot_retrieval(np.array(scores), [r.n_tokens for r in results], depths, picture, title)
 
 
 def passkey_record(result: Retrieved) -> dict[str, Any]:
