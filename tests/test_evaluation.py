@@ -440,6 +440,20 @@ def test_a_reading_that_might_not_fit_is_not_begun(tokens, monkeypatch):
     assert readings.losses("yarn", tokens[:100]) is not None
 
 
+def test_how_long_a_reading_takes_follows_from_methods_that_are_as_fast(tokens, monkeypatch):
+    readings = Readings(MODEL, clock=Clock(monkeypatch, 0.05))
+    assert readings.estimate("plain", 200) == 0
+    readings.losses("window", tokens[:512])  # reads 257 tokens three times, more or less
+    slow = readings.estimate("window", 512)
+    assert slow > 0.05 * 512 * 1.3
+    assert readings.estimate("plain", 512) == slow  # nothing better is known
+    readings.losses("plain", tokens[:128])
+    assert readings.estimate("selfextend", 512) == pytest.approx(0.05 * 128 * 16)
+    readings.losses("selfextend", tokens[:512])
+    assert readings.estimate("plain", 512) == pytest.approx(0.05 * 512)  # by the other method's at this length
+    assert readings.estimate("window", 512) == slow
+
+
 def test_other_parameters_are_other_results(tokens, tmp_path, monkeypatch):
     """Automatic ones are the same result as these numbers given, until another version chooses others."""
     file = tmp_path / "kept.jsonl"

@@ -13,6 +13,7 @@ from selfextend_gguf.evaluation.kept import Kept, made_by
 from selfextend_gguf.evaluation.readers import Losses, Reader, open_reader, resolved
 from selfextend_gguf.model_info import ModelInfo
 
+_SLOWER = {"window", "loop"}  # methods: reads each token several times, reads few tokens at once
 _NO_MATTER = ("n_threads", "n_threads_batch", "verbose")  # to what is measured
 
 
@@ -95,9 +96,8 @@ class Readings:
 
     def estimate(self, method: str, n_tokens: int) -> float:
         """Seconds that a reading may take at most, by those so far; 0 if there was none yet."""
-        # Of the same method if it has read, as a window reads each token several times.
-        others = [spent for by in self._spent.values() for spent in by.items()]
-        known = self._spent[method].items() if method in self._spent else others
+        alike = {method} if method in _SLOWER else self._spent.keys() - _SLOWER
+        known = [spent for by in (alike & self._spent.keys() or self._spent) for spent in self._spent[by].items()]
         # A reading takes a*n + b*n*n seconds, the second for attention, with unknown shares. A longer one takes most if
         # all is attention, a shorter one if nothing is. Of these bounds the lowest is the nearest.
         ratios = [(n_tokens / n, seconds) for n, seconds in known]
