@@ -112,11 +112,11 @@ def ask(
     texts: Sequence[str],
     questions: Sequence[Question],
     pretend: int | None,
-    n_threads: int | None,
+    arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """The answers by a method of METHODS to one question about each text, as JSON can hold them."""
-    arguments = pretended(model, pretend)
-    with ModelInfo(model, **arguments) as info:
+    overrides = pretended(model, pretend)
+    with ModelInfo(model, **overrides) as info:
         if method == TRUNCATED:
             texts = [latest(info, text, info.n_ctx_train - ROOM) for text in texts]
         prompts = [
@@ -128,8 +128,7 @@ def ask(
             "plain" if method in (PAGE_ALONE, TRUNCATED) else method,
             str(model),
             max(map(len, prompts)) + ANSWER_TOKENS,
-            n_threads=n_threads,
-            n_threads_batch=n_threads,
+            **overrides,
             **arguments,
         )
         try:
@@ -204,12 +203,14 @@ def main(argv: list[str] | None = None) -> None:
         "--kept", type=Path, required=True, help="file that keeps results; those in it are not repeated"
     )
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of answers.md")
     parser.add_argument("--machine", default="", help="what it was measured on, for the document")
     parser.add_argument("--write-only", action="store_true", help="measure nothing, write what is kept")
     args = parser.parse_args(argv)
     whole, questions = load(args.questions, args.document)
     kept = Kept(args.kept)
+    arguments = {"n_threads": args.threads, "n_threads_batch": args.threads, "n_gpu_layers": args.n_gpu_layers}
     parts = []
     for n_tokens in args.around:
         with ModelInfo(args.model, **pretended(args.model, args.pretend)) as info:
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.write_only and not kept.has(what):
                 continue
             is_new = not kept.has(what)
-            measure = partial(ask, args.model, method, shown, questions, pretend, args.threads)
+            measure = partial(ask, args.model, method, shown, questions, pretend, arguments)
             result = kept.measured(what, measure)
             right[method] = [holds(a, q.words) for a, q in zip(result["answers"], questions, strict=True)]
             if is_new:

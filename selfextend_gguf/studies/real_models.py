@@ -98,7 +98,7 @@ class Reading:
     found: list[bool]
 
 
-def read(setting: Setting, method: str, n_threads: int) -> dict[str, Any] | None:
+def read(setting: Setting, method: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """Losses and answers, as JSON can hold them; None if the method does not reach so far."""
     with ModelInfo(setting.model) as info:
         overrides = setting.overrides(info.architecture)
@@ -111,8 +111,7 @@ def read(setting: Setting, method: str, n_threads: int) -> dict[str, Any] | None
                 str(setting.model),
                 setting.n_tokens + ROOM,
                 kv_overrides=overrides,
-                n_threads=n_threads,
-                n_threads_batch=n_threads,
+                **arguments,
                 type_k=KV_TYPES[setting.cache_type],
                 type_v=KV_TYPES[setting.cache_type],
             )
@@ -319,11 +318,13 @@ def main(argv: list[str] | None = None) -> None:
         "--kept", type=Path, required=True, help="file that keeps results; those in it are not repeated"
     )
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of real-models.md and its pictures")
     parser.add_argument("--machine", default="", help="what it was measured on, for the document")
     parser.add_argument("--write-only", action="store_true", help="measure nothing, write what is kept")
     args = parser.parse_args(argv)
     kept = Kept(args.kept)
+    arguments = {"n_threads": args.threads, "n_threads_batch": args.threads, "n_gpu_layers": args.n_gpu_layers}
     groups = []
     for model in args.models:
         for pretend in args.pretend:
@@ -339,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
             for method in dict.fromkeys([measure_of(setting), SELF_EXTEND, *args.methods]):
                 what = setting.what(method)
                 is_new = not kept.has(what)
-                result = kept.measured(what, partial(read, setting, method, args.threads))
+                result = kept.measured(what, partial(read, setting, method, arguments))
                 if is_new:
                     seconds = "out of reach" if result is None else f"{result['seconds']} s"
                     print(setting.model.stem, setting.pretend, setting.n_tokens, setting.text.name, method, seconds)
