@@ -99,6 +99,10 @@ class UnknownModelError(SelfExtendError, LookupError):
     """A server was asked for a model that it does not have."""
 
 
+class QueueFullError(SelfExtendError):
+    """A server has as many requests as it takes; later there may be room."""
+
+
 class RequestStoppedError(SelfExtendError):
     """A server's work on a request that nobody waits for any more was stopped."""
 

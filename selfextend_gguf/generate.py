@@ -69,13 +69,15 @@ def stream_completion(
     max_tokens: int,
     on_read: Callable[[int, int], None] = lambda done, total: None,
     tells_thoughts: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
     **sampling: Any,
 ) -> Generator[Piece, None, None]:
     """Complete `prompt`; `sampling` goes to `Llama.create_completion`. `max_tokens` -1 = while the context has room.
 
     `on_read(done, total)` is called before and while that part of the prompt is read that the cache does not hold; what
     it raises leaves the cache with the tokens read so far. Without `tells_thoughts` all pieces are of the answer, in
-    which control tokens are left out. Raises ContextFullError when the prompt does not fit.
+    which control tokens are left out. Timings are those of `clock`, in seconds. Raises ContextFullError when the prompt
+    does not fit.
     """
     n_prompt = len(prompt.tokens)
     check_room(n_prompt, llm.n_ctx(), n_answer=1)
@@ -86,18 +88,18 @@ def stream_completion(
     timings = Timings(n_prompt, n_cached)
     on_read(0, n_prompt - n_cached)
     rewritten_before = llm.rewrite_stats.seconds
-    began = time.perf_counter()
+    began = clock()
 
     def progress(done: int, total: int) -> None:
         nonlocal began, timings
-        now = time.perf_counter()
+        now = clock()
         if timings.prompt_seconds == 0:  # the cache may have been given more of the prompt meanwhile
             timings = replace(timings, cached_tokens=llm.n_tokens - done)
         has_read = llm.n_tokens >= n_prompt
         if timings.generated_tokens == 0:
             timings = replace(timings, prompt_seconds=now - began)
             on_read(llm.n_tokens - timings.cached_tokens, n_prompt - timings.cached_tokens)
-            began += time.perf_counter() - now  # what the caller does meanwhile is neither reading nor generating
+            began += clock() - now  # what the caller does meanwhile is neither reading nor generating
             now = began + timings.prompt_seconds
         timings = replace(
             timings,

@@ -391,13 +391,13 @@ def busy(url: str) -> bool:
 def test_a_client_that_leaves_stops_the_reading_of_its_prompt(here, heldout_text, stream):
     url, models, at_work = here
     prompt = heldout_text[:16000]
-    models._llm.reset()
+    models._shared.llm.reset()
     with left_request(url, {"prompt": prompt, "max_tokens": 5, "stream": stream}):
-        wait_for(lambda: models._llm.n_tokens > 200)
+        wait_for(lambda: models._shared.llm.n_tokens > 200)
     wait_for(lambda: not at_work)
-    n_read = models._llm.n_tokens
+    n_read = models._shared.llm.n_tokens
     assert 200 < n_read < len(prompt)
-    assert bytes(models._llm.input_ids[:n_read].astype(np.uint8)) == prompt[:n_read].encode()
+    assert bytes(models._shared.llm.input_ids[:n_read].astype(np.uint8)) == prompt[:n_read].encode()
     check_next_answer(url)
 
 
@@ -411,25 +411,25 @@ def test_a_client_that_leaves_stops_its_answer(here, stream):
         "logit_bias": {"0": -100},
         "stream": stream,
     }
-    models._llm.reset()
+    models._shared.llm.reset()
     with left_request(url, body):
-        wait_for(lambda: models._llm.n_tokens > 50)
+        wait_for(lambda: models._shared.llm.n_tokens > 50)
     wait_for(lambda: not at_work)
-    assert 50 < models._llm.n_tokens < 8000
+    assert 50 < models._shared.llm.n_tokens < 8000
     check_next_answer(url)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_the_queue_is_never_served(here, heldout_text, stream):
     url, models, at_work = here
-    models._llm.reset()
+    models._shared.llm.reset()
     with left_request(url, {"prompt": heldout_text[:16000], "max_tokens": 5}):
-        wait_for(lambda: models._llm.n_tokens > 200)
+        wait_for(lambda: models._shared.llm.n_tokens > 200)
         with left_request(url, {"model": "other", "prompt": "Never read", "max_tokens": 5, "stream": stream}):
             wait_for(lambda: len(at_work) == 2)
     wait_for(lambda: not at_work)
     assert models._alias == "tiny"  # the other one was not even loaded
-    assert bytes(models._llm.input_ids[:10].astype(np.uint8)) == heldout_text[:10].encode()
+    assert bytes(models._shared.llm.input_ids[:10].astype(np.uint8)) == heldout_text[:10].encode()
     check_next_answer(url)
 
 
@@ -534,7 +534,7 @@ def test_a_grammar_never_ends_the_process():
 
 def test_questions_about_one_document_read_it_once(here, heldout_text):
     url, models, _ = here
-    llm = models._llm
+    llm = models._shared.llm
     fresh = Llama(MODEL, n_ctx=16384, verbose=False)
     states, llm.kept_prompts = llm.kept_prompts, KeptPrompts(2**30)
     try:

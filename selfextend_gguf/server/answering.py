@@ -8,14 +8,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 
 from selfextend_gguf.generate import Piece, Timings, stream_completion
 from selfextend_gguf.reasoning import Kind
 from selfextend_gguf.server.jobs import Job
 from selfextend_gguf.server.logprobs import Chosen
 from selfextend_gguf.server.models import OneModelAtATime, ServedLlama
-from selfextend_gguf.server.work import current_work, stop_if_unwanted
+from selfextend_gguf.server.work import current_work
 
 KEEP_ALIVE = 3.0  #: seconds of silence after which a stream says that it is alive
 _REPORT_EVERY = 0.1  # seconds between reports of progress
@@ -45,13 +45,14 @@ class Said:
     n_answer: int  #: tokens of the answer so far
 
 
-def answer(models: OneModelAtATime, job: Job, tell: Callable[[Read | Said], None]) -> None:
-    """Give all answers of a job, one after the other. Raises what loading and generating raise."""
-    llm = models(job.alias)
+def answer(llm: ServedLlama, job: Job, tell: Callable[[Read | Said], None]) -> None:
+    """Give all answers of a job, one after the other. Raises what generating raises."""
     llm.n_top, llm.more_samplers, llm.comes_again = job.n_top, job.more_samplers, job.n > 1
     for index, (prompt, sampling) in enumerate(job.answers()):
         reports = _Reports(index, len(prompt.tokens), tell)
-        pieces = stream_completion(llm, prompt, on_read=reports, tells_thoughts=job.tells_thoughts, **sampling)
+        pieces = stream_completion(
+            llm, prompt, on_read=reports, tells_thoughts=job.tells_thoughts, clock=llm.clock, **sampling
+        )
         with contextlib.closing(pieces):
             begun = _Begun(llm)
             for piece in pieces:
@@ -69,7 +70,6 @@ class _Reports:
         self._began = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        stop_if_unwanted()
         now = time.monotonic()
         if 0 < done < total and now < self._last + _REPORT_EVERY:
             return
@@ -99,27 +99,35 @@ class _Begun:
         return taken
 
 
-async def events(models: OneModelAtATime, job: Job) -> AsyncIterator[Read | Said | None]:
-    """What comes of a job, which waits for its turn; None after each silence of KEEP_ALIVE seconds.
+def begin(models: OneModelAtATime, job: Job) -> AsyncIterator[Read | Said | None]:
+    """Let a job wait for its turn, and be done. Raises QueueFullError.
 
-    Raises what `answer` raises.
+    What comes of it; None after each silence of KEEP_ALIVE seconds. Raises what loading and generating raise.
     """
+    ticket = models.turns.enter(job.alias, job.prompts[0].tokens)
     queue: asyncio.Queue[Read | Said | Exception | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
     def tell(event: Read | Said) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
+    def work_in_turn() -> None:
+        with models.turn(ticket) as llm:
+            answer(llm, job, tell)
+
     async def work() -> None:
         try:
-            async with models.turn():
-                await run_in_threadpool(answer, models, job, tell)
+            await to_thread.run_sync(work_in_turn, limiter=CapacityLimiter(1))  # a thread of its own
         except Exception as error:
             queue.put_nowait(error)
         else:
             queue.put_nowait(None)
 
     current_work().task = asyncio.create_task(work())
+    return _told(queue)
+
+
+async def _told(queue: asyncio.Queue[Read | Said | Exception | None]) -> AsyncIterator[Read | Said | None]:
     while True:
         try:
             event = await asyncio.wait_for(queue.get(), KEEP_ALIVE)

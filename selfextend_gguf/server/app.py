@@ -14,8 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from selfextend_gguf.server.access import Cors, KeyChecker, LocalGuard
-from selfextend_gguf.server.answering import Read, Said, events
-from selfextend_gguf.server.errors import ErrorReporter, describe_error
+from selfextend_gguf.server.answering import Read, Said, begin
+from selfextend_gguf.server.errors import ErrorReporter, error_response
 from selfextend_gguf.server.fields import FieldChecker
 from selfextend_gguf.server.forms import ChatForm, CompletionForm, Form
 from selfextend_gguf.server.jobs import Job, chat_job, completion_job, tool_to_call
@@ -63,8 +63,7 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
     app.add_middleware(DisconnectWatcher)
 
     async def report(_: Request, error: Exception) -> JSONResponse:
-        status, body = describe_error(error)
-        return JSONResponse(body, status)
+        return error_response(error)
 
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, report)
@@ -77,7 +76,7 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
     check_fields = FieldChecker(settings.strict)
 
     async def complete(body: Body, job: Job, form: Form) -> Any:
-        happened = metrics.counted(events(models, job))
+        happened = metrics.counted(begin(models, job))
         if body.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(as_events(form, body, happened), media_type="text/event-stream", headers=headers)

@@ -15,6 +15,7 @@ from selfextend_gguf.errors import (
     ConfigError,
     ContextFullError,
     GrammarError,
+    QueueFullError,
     RequestStoppedError,
     SelfExtendError,
     TextError,
@@ -31,7 +32,9 @@ _REQUEST_ERRORS: dict[type[Exception], tuple[int, str | None]] = {
     ConfigError: (400, None),
     TextError: (400, None),
     RequestStoppedError: (503, None),
+    QueueFullError: (503, None),
 }
+_RETRY_AFTER = 10  # seconds after which a server that is full may have room
 _CODES = {401: "invalid_api_key"}
 
 
@@ -52,6 +55,12 @@ def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
             return status, error_body(status, str(error), code=code)
     message = str(error) if isinstance(error, SelfExtendError) else f"{type(error).__name__}: {error}"
     return 500, error_body(500, message)
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """An error as an answer; who comes too early is told when to come again."""
+    status, body = describe_error(error)
+    return JSONResponse(body, status, {"Retry-After": str(_RETRY_AFTER)} if status == 503 else None)
 
 
 def _describe_invalid(error: RequestValidationError) -> tuple[int, dict[str, Any]]:
@@ -91,7 +100,7 @@ class ErrorReporter:
             if status == 500:
                 log.error("%s", body["error"]["message"], exc_info=error if self.verbose else None)
             if not began:
-                await JSONResponse(body, status)(scope, receive, send)
+                await error_response(error)(scope, receive, send)
                 return
             last = {"type": "http.response.body", "body": f"data: {json.dumps(body)}\n\n".encode()}
         if last is not None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import psutil
 
 from selfextend_gguf._native import schedule_positions, schedule_step
-from selfextend_gguf.errors import PromptCacheError
+from selfextend_gguf.errors import NotEnoughMemoryError, PromptCacheError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.prompt_cache import CopiedPrompt, SavedPrompt, read_prompt_header
 from selfextend_gguf.schedule import SelfExtendConfig
@@ -31,11 +31,13 @@ _LEAST = 64  # tokens that are worth a copy
 
 
 @dataclass(eq=False)
-class _Kept:
+class Kept:
     """A text that was read, and where its cache contents are: in memory or in a file."""
 
     saved: SavedPrompt
     content: CopiedPrompt | Path
+    is_needed: bool = False  #: by who goes on from it: it is not dropped
+    is_set_aside: bool = False  #: for that alone: it is dropped then
 
 
 class KeptPrompts:
@@ -47,11 +49,11 @@ class KeptPrompts:
         self._capacity = capacity_bytes
         self._folder = folder
         self._read_only = read_only
-        self._kept: list[_Kept] = []  # the least recently used first
+        self._kept: list[Kept] = []  # the least recently used first
         if folder is not None:
             for path in sorted(folder.glob("*.kv"), key=_last_use):
                 with contextlib.suppress(PromptCacheError, OSError):
-                    self._kept.append(_Kept(read_prompt_header(path), path))
+                    self._kept.append(Kept(read_prompt_header(path), path))
 
     @property
     def n_bytes(self) -> int:
@@ -73,7 +75,7 @@ class KeptPrompts:
         for point in sorted(points):
             if llm.n_tokens < point < len(tokens):
                 llm.eval(prompt[llm.n_tokens : point])
-                self._keep(llm)
+                self.keep(llm)
 
     def _recall(self, llm: Llama, tokens: npt.NDArray[np.int32]) -> int:
         """Go back to, or restore, the longest usable beginning of `tokens`; the longest that was ever read."""
@@ -89,13 +91,13 @@ class KeptPrompts:
         if best is not None:
             self._kept.remove(best)  # what comes next must not drop it
         if live.common_prefix(tokens) < len(live.tokens) // 2:
-            self._keep(llm)  # another text comes; this one may come back
+            self.keep(llm)  # another text comes; this one may come back
         if best is not None and not self._restore(llm, best):
             usable = 0
         llm.n_tokens = usable  # whatever reads next goes on from there
         return known
 
-    def _restore(self, llm: Llama, kept: _Kept) -> bool:
+    def _restore(self, llm: Llama, kept: Kept) -> bool:
         """Restore a copy and take it back as the latest used one; False, and it is gone, if it is damaged."""
         try:
             if isinstance(kept.content, Path):
@@ -110,14 +112,14 @@ class KeptPrompts:
         self._add(kept)
         return True
 
-    def _add(self, kept: _Kept) -> None:
+    def _add(self, kept: Kept) -> None:
         """Keep a copy as the latest used one; the least recently used ones in memory go where there is no room."""
         self._kept.append(kept)
         self._make_room(0)
 
     def _make_room(self, n_bytes: int) -> bool:
         """Drop the least recently used copies in memory until there is room for another; False if there is none."""
-        in_memory = [kept for kept in self._kept if isinstance(kept.content, CopiedPrompt)]
+        in_memory = [k for k in self._kept if isinstance(k.content, CopiedPrompt) and not k.is_needed]
         while not self._has_room(n_bytes):
             if not in_memory:
                 return False
@@ -128,15 +130,44 @@ class KeptPrompts:
         # The capacity is a wish: whoever else takes memory meanwhile does not ask us.
         return self.n_bytes + n_bytes <= self._capacity and n_bytes <= psutil.virtual_memory().available // 2
 
-    def _keep(self, llm: Llama) -> None:
+    def set_aside(self, llm: Llama) -> Kept | None:
+        """A copy of the running text, whose place another one takes; None where there is no room for it."""
+        saved = llm.saved_prompt()
+        for kept in self._kept:
+            if isinstance(kept.content, CopiedPrompt) and np.array_equal(kept.saved.tokens, saved.tokens):
+                kept.is_needed = True
+                return kept
+        if not self._make_room(llama_cpp.llama_state_seq_get_size(llm.ctx, 0)):
+            return None
+        with contextlib.suppress(NotEnoughMemoryError):
+            kept = Kept(saved, llm.copy_prompt(), is_needed=True, is_set_aside=True)
+            self._kept.append(kept)
+            return kept
+        return None
+
+    def take_up(self, llm: Llama, kept: Kept) -> None:
+        """Let `llm` hold a text again that was set aside. Raises PromptCacheError."""
+        kept.is_needed = False
+        if kept.is_set_aside:
+            self._kept = [other for other in self._kept if other is not kept]
+        assert isinstance(kept.content, CopiedPrompt)
+        llm.restore_prompt(kept.content)
+
+    def keep(self, llm: Llama) -> None:
         """Copy the running text, to memory and to the folder."""
         saved = llm.saved_prompt()
-        if len(saved.tokens) < _LEAST or any(np.array_equal(kept.saved.tokens, saved.tokens) for kept in self._kept):
+        if len(saved.tokens) < _LEAST:
             return
-        n_bytes = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
-        if n_bytes > self._capacity or not self._make_room(n_bytes):
+        same = [kept for kept in self._kept if np.array_equal(kept.saved.tokens, saved.tokens)]
+        if any(not kept.is_set_aside for kept in same):
             return
-        self._add(_Kept(saved, llm.copy_prompt()))
+        for kept in same:
+            kept.is_set_aside = False
+        if not same:
+            n_bytes = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
+            if n_bytes > self._capacity or not self._make_room(n_bytes):
+                return
+            self._add(Kept(saved, llm.copy_prompt()))
         if self._folder is not None and not self._read_only:
             name = hashlib.blake2b(saved.tokens.tobytes(), digest_size=16).hexdigest()
             self._write(llm, self._folder / f"{name}.kv")

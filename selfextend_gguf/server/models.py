@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from selfextend_gguf.errors import UnknownModelError
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context, plan_if_beyond, whole_cells
 from selfextend_gguf.prompt import chat_formatter
-from selfextend_gguf.server.kept_prompts import KeptPrompts, RememberingLlama
+from selfextend_gguf.server.kept_prompts import KeptPrompts
 from selfextend_gguf.server.logprobs import Chosen
+from selfextend_gguf.server.sharing import Share, Shared, SharingLlama
+from selfextend_gguf.server.turns import Ticket, Turns
 from selfextend_gguf.server.work import stop_if_unwanted
 from selfextend_gguf.templates import ChatTemplate
 
@@ -79,8 +80,8 @@ class ServedModel:
         }
 
 
-class ServedLlama(RememberingLlama):
-    """Notes the tokens of an answer, and stops when nobody waits for more of it."""
+class ServedLlama(SharingLlama):
+    """Notes the tokens of an answer."""
 
     #: The tokens of the last answer, without the one that ended it.
     answer: list[Chosen]
@@ -88,10 +89,9 @@ class ServedLlama(RememberingLlama):
     n_top: int | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """Tokens, as the parent generates them. Raises RequestStoppedError."""
+        """Tokens, as the parent generates them."""
         self.answer = []
         for token in super().generate(*args, **kwargs):
-            stop_if_unwanted()
             if not llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
                 self.answer.append(self._noted(token))
             yield token
@@ -107,40 +107,45 @@ class OneModelAtATime:
     """The models, of which one is loaded. Whoever has the turn works with it."""
 
     def __init__(self, models: list[ServedModel]) -> None:
-        self.n_waiting = 0  #: who wait for their turn
         self.has_loaded = False  #: whether a model was ever loaded
-        self._turn = asyncio.Lock()
+        self.turns = Turns()
         self._models = {model.alias: model for model in models}
         self._default = models[0].alias
         self._alias: str | None = None
-        self._llm: ServedLlama | None = None
+        self._loaded: ServedLlama | None = None
+        self._shared: Shared[ServedLlama] | None = None
         self._loading = threading.Event()
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
 
-    @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """The turn, given in the order in which it is asked for."""
-        self.n_waiting += 1
+    @contextlib.contextmanager
+    def turn(self, ticket: Ticket) -> Iterator[ServedLlama]:
+        """The model that a request needs, for its text, loaded once it is its turn; others may have theirs between any
+        two steps of the model. Loading closes the model before. Raises RequestStoppedError."""
         try:
-            await self._turn.acquire()
+            self.turns.take(ticket, stop_if_unwanted)
+            stop_if_unwanted()  # the client may have left while it waited
+            shared = self._shared_of(self.find(ticket.alias))
+            shared.llm = shared.llm.beside(Share(shared, ticket, stop_if_unwanted))
+            yield shared.llm
         finally:
-            self.n_waiting -= 1
-        try:
-            yield
-        finally:
-            self._turn.release()
+            self.turns.leave(ticket)
 
     @property
     def is_busy(self) -> bool:
-        """Whether someone has the turn."""
-        return self._turn.locked()
+        """Whether a request is worked on, or a model is loaded."""
+        return self.status == "loading" or any(ticket.has_begun for ticket in self.turns)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for their first turn."""
+        return sum(not ticket.has_begun for ticket in self.turns)
 
     @property
     def status(self) -> str:
         """What a health check is told: "loading" while a model is loaded, else "ok"."""
-        return "loading" if self._llm is None or self._loading.is_set() else "ok"
+        return "loading" if self._shared is None or self._loading.is_set() else "ok"
 
     def find(self, name: str | None) -> ServedModel:
         """The model of that name, the first one for None. Raises UnknownModelError."""
@@ -151,30 +156,30 @@ class OneModelAtATime:
 
     def load_first(self) -> None:
         """Load the first model, unless one is loaded."""
-        if self._llm is None:
-            self._load(self.find(None))
+        ticket = self.turns.enter(self._default)
+        try:
+            self.turns.take(ticket)
+            if self._shared is None:
+                self._shared_of(self.find(None))
+        finally:
+            self.turns.leave(ticket)
 
-    def __call__(self, name: str) -> ServedLlama:
-        """The loaded model of that name; loading it closes the one before."""
-        stop_if_unwanted()  # the client may have left while it waited
-        model = self.find(name)
-        if self._llm is None or self._alias != model.alias:
-            return self._load(model)
-        return self._llm
-
-    def _load(self, model: ServedModel) -> ServedLlama:
+    def _shared_of(self, model: ServedModel) -> Shared[ServedLlama]:
+        if self._shared is not None and self._alias == model.alias:
+            return self._shared
         self._loading.set()
         try:
             self.close()
-            llm = self._llm = model.load()
+            self._loaded = model.load()
+            self._shared = Shared(self._loaded, self.turns)
             self._alias = model.alias
             self.has_loaded = True
-            return llm
+            return self._shared
         finally:
             self._loading.clear()
 
     def close(self) -> None:
         """Free the loaded model."""
-        if self._llm is not None:
-            self._llm.close()
-            self._llm = None
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = self._shared = None

@@ -38,8 +38,7 @@ class Server(uvicorn.Server):
 
     async def _load(self) -> None:
         try:
-            async with self._models.turn():
-                await run_in_threadpool(self._models.load_first)
+            await run_in_threadpool(self._models.load_first)
         except Exception as error:
             self.error, self.should_exit = error, True
             server_ends.set()

@@ -80,5 +80,4 @@ class DisconnectWatcher:
             if listening is not None:
                 listening.cancel()
             if work.task is not None:
-                work.task.cancel()  # if it waits for its turn; a thread runs until it notices
-                await asyncio.wait([work.task])
+                await asyncio.wait([work.task])  # its thread runs until it notices
