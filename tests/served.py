@@ -23,6 +23,7 @@ import uvicorn
 from selfextend_gguf.server.app import Settings, create_app
 from selfextend_gguf.server.kept_prompts import KeptPrompts
 from selfextend_gguf.server.models import OneModelAtATime, ServedModel
+from selfextend_gguf.server.run import configuration
 
 COMMAND = [str(Path(sys.executable).with_name("sx-gguf")), "serve"]
 KEY = "a-key"
@@ -97,7 +98,7 @@ def serving(
     offered = OneModelAtATime(served)
     offered.load_first()
     app = create_app(offered, settings or Settings())
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+    server = uvicorn.Server(configuration(app, log_level="critical"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -19,6 +19,7 @@ from selfextend_gguf.server.errors import ErrorReporter, error_response
 from selfextend_gguf.server.fields import FieldChecker
 from selfextend_gguf.server.forms import ChatForm, CompletionForm, Form
 from selfextend_gguf.server.jobs import Job, chat_job, completion_job, tool_to_call
+from selfextend_gguf.server.limits import RequestLimits
 from selfextend_gguf.server.metrics import Metrics
 from selfextend_gguf.server.models import OneModelAtATime
 from selfextend_gguf.server.requests import ChatRequest, CompletionRequest
@@ -61,6 +62,7 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
     """The application that serves `models`."""
     app = FastAPI(title="selfextend_gguf", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(DisconnectWatcher)
+    app.add_middleware(RequestLimits)
 
     async def report(_: Request, error: Exception) -> JSONResponse:
         return error_response(error)

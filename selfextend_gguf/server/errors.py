@@ -60,7 +60,8 @@ def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
 def error_response(error: Exception) -> JSONResponse:
     """An error as an answer; who comes too early is told when to come again."""
     status, body = describe_error(error)
-    return JSONResponse(body, status, {"Retry-After": str(_RETRY_AFTER)} if status == 503 else None)
+    headers = dict((isinstance(error, HTTPException) and error.headers) or {})
+    return JSONResponse(body, status, {**headers, **({"Retry-After": str(_RETRY_AFTER)} if status == 503 else {})})
 
 
 def _describe_invalid(error: RequestValidationError) -> tuple[int, dict[str, Any]]:

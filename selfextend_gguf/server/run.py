@@ -7,11 +7,13 @@ import os
 import signal
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
+from selfextend_gguf.server.limits import TimedProtocol
 from selfextend_gguf.server.models import OneModelAtATime
 from selfextend_gguf.server.work import server_ends
 
@@ -58,10 +60,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}:{port}: {reason}") from error
 
 
+def configuration(app: FastAPI, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves the application; `more` are arguments of uvicorn's."""
+    return uvicorn.Config(app, http=TimedProtocol, ws="none", lifespan="off", **more)
+
+
 def run(app: FastAPI, models: OneModelAtATime, listener: socket.socket, *, verbose: bool = False) -> None:
     """Serve until SIGINT or SIGTERM. Raises KeyboardInterrupt after SIGINT, and what loading the first model raises."""
-    level = "info" if verbose else "error"
-    config = uvicorn.Config(app, log_level=level, access_log=verbose, lifespan="off")
+    config = configuration(app, log_level="info" if verbose else "error", access_log=verbose)
     # uvicorn repeats the signal that ended it, for who handled it before; SIGTERM's default would be to die of it.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server = Server(config, models)
