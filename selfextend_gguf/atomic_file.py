@@ -21,7 +21,7 @@ def new_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     Raises OSError that names `path`; an older file stays as it is then.
     """
     prefix = f".{path.name}."
-    _remove_abandoned(path.parent, prefix)
+    remove_abandoned(path.parent, prefix)
     try:
         descriptor, name_string = tempfile.mkstemp(".tmp", prefix, path.parent)
         name = Path(name_string)
@@ -41,8 +41,8 @@ def new_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     _sync_folder(path.parent)
 
 
-def _remove_abandoned(folder: Path, prefix: str) -> None:
-    """Remove temporary files of writers that were killed."""
+def remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove temporary files of writers that were killed; `prefix` is `.NAME.`, where NAME may hold wildcards."""
     for name in folder.glob(f"{prefix}*.tmp"):
         with contextlib.suppress(OSError), name.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a writer lives

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import llama_cpp
+import mixed_requests
 import numpy as np
 import pytest
 from helpers import random_tokens, relative_error
-from served import HTTP, serving
+from served import HTTP, Served, serving
 
 from selfextend_gguf import Llama
 from selfextend_gguf.errors import QueueFullError, RequestStoppedError
@@ -348,3 +352,54 @@ def test_a_full_queue_is_a_status(server, heldout_text, monkeypatch, stream):
         assert first.result()["usage"]["completion_tokens"] == 5
     wait_for(lambda: not list(server.models.turns))
     assert complete(server, "And", 1)["usage"]["completion_tokens"] == 1
+
+
+def test_mixed_requests_have_the_answers_of_a_fresh_model(monkeypatch):
+    """`python tests/mixed_requests.py` sends more."""
+    monkeypatch.setattr(mixed_requests, "_LENGTHS", [2000, *[500] * 3, *[60] * 4])
+    served = mixed_requests.started()
+    try:
+        counts = mixed_requests.run(served, 48, seed=2)
+    finally:
+        code, log = served.end()
+    assert (code, "Traceback" in log) == (0, False), log
+    assert set(counts) == {"left", "malformed", "streamed", "whole"}
+    assert counts.total() == 48
+
+
+def test_a_server_that_is_killed_loses_no_prompt_of_which_it_has_an_answer(heldout_text, tmp_path):
+    """A document is in the folder before its answer begins; what is half written is none, and is cleared away."""
+    arguments = (str(TINY_MODEL), "-c", "1024", "-t", "1", "--prompt-cache", str(tmp_path), "--cache-ram", "512")
+    documents = [heldout_text[begin : begin + 700] for begin in range(0, 60 * 2000, 2000)]
+    answered: dict[str, str] = {}
+
+    def ask(served: Served, document: str) -> dict:
+        body = {"prompt": document, "max_tokens": 8, "temperature": 0}
+        return HTTP.post(f"{served.url}/v1/completions", json=body).raise_for_status().json()
+
+    def load(served: Served, document: str) -> None:
+        with contextlib.suppress(httpx.TransportError):
+            answered[document] = ask(served, document)["choices"][0]["text"]
+
+    for round_ in range(2):
+        served = Served(*arguments)
+        with ThreadPoolExecutor(8) as pool:
+            for document in documents[round_ * 30 : round_ * 30 + 30]:
+                pool.submit(load, served, document)
+            wait_for(lambda n=8 * (round_ + 1): len(answered) >= n)
+            served.process.kill()
+        served.process.communicate()
+        assert len(answered) < (round_ + 1) * 30  # it was killed at work
+    left = tmp_path / ".abandoned.kv.x.tmp"
+    left.write_bytes(b"half a file")
+    os.utime(left, (0, 0))
+    served = Served(*arguments)
+    try:
+        for document, text in answered.items():
+            again = ask(served, document)
+            assert again["choices"][0]["text"] == text
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > len(document) // 2
+        ask(served, heldout_text[-700:])
+        assert not left.exists()
+    finally:
+        assert served.end()[0] == 0

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import psutil
 
 from selfextend_gguf._native import schedule_positions, schedule_step
+from selfextend_gguf.atomic_file import remove_abandoned
 from selfextend_gguf.errors import NotEnoughMemoryError, PromptCacheError
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.prompt_cache import CopiedPrompt, SavedPrompt, read_prompt_header
@@ -174,6 +175,7 @@ class KeptPrompts:
 
     def _write(self, llm: Llama, path: Path) -> None:
         try:
+            remove_abandoned(path.parent, ".*.kv.")  # of servers that were killed
             llm.save_prompt(path)
             files = sorted(path.parent.glob("*.kv"), key=_last_use)
             while sum(file.stat().st_size for file in files) > self._capacity and len(files) > 1:
