@@ -110,6 +110,29 @@ def test_a_copy_in_use_is_not_dropped_for_another(documents, room):
         assert asker.ask(documents[i] + " And") == fresh.ask(documents[i] + " And")
 
 
+def test_what_does_not_fit_drops_nothing(documents):
+    asker = Asker(None)
+    asker.ask(documents[0])
+    size = asker.llm.copy_prompt().n_bytes
+    kept = asker.llm.kept_prompts = KeptPrompts(int(1.5 * size))
+    kept.keep(asker.llm)
+    assert kept.n_bytes == size
+    asker.llm.kept_prompts = None
+    asker.ask(documents[1] + documents[2][:350])  # 1.6 times as long
+    assert kept.set_aside(asker.llm) is None
+    kept.keep(asker.llm)
+    assert kept.n_bytes == size
+    # Another one takes its place, and then none can take the place of that, which is needed.
+    asker.ask(documents[2])
+    needed = kept.set_aside(asker.llm)
+    assert kept.n_bytes == size
+    asker.ask(documents[1])
+    assert kept.set_aside(asker.llm) is None
+    kept.take_up(asker.llm, needed)
+    assert kept.n_bytes == 0
+    assert bytes(asker.llm.input_ids[:N_READ].astype(np.uint8)) == documents[2].encode()
+
+
 def test_a_folder_outlives_the_program(documents, tmp_path):
     first = Asker(KeptPrompts(ROOM, tmp_path))
     wanted = [first.ask(text + " And") for text in documents]

@@ -40,6 +40,11 @@ class Kept:
     is_needed: bool = False  #: by who goes on from it: it is not dropped
     is_set_aside: bool = False  #: for that alone: it is dropped then
 
+    @property
+    def n_bytes(self) -> int:
+        """In memory."""
+        return self.content.n_bytes if isinstance(self.content, CopiedPrompt) else 0
+
 
 class KeptPrompts:
     """Copies of texts that were read by one `Llama`, the least recently used ones dropped."""
@@ -59,7 +64,7 @@ class KeptPrompts:
     @property
     def n_bytes(self) -> int:
         """Size of the copies in memory."""
-        return sum(kept.content.n_bytes for kept in self._kept if isinstance(kept.content, CopiedPrompt))
+        return sum(kept.n_bytes for kept in self._kept)
 
     def prepare(self, llm: Llama, prompt: Sequence[int], *, comes_again: bool = False) -> None:
         """Let `llm` hold what is known of `prompt`, and keep copies of it where later prompts may branch off: at its
@@ -120,7 +125,9 @@ class KeptPrompts:
 
     def _make_room(self, n_bytes: int) -> bool:
         """Drop the least recently used copies in memory until there is room for another; False if there is none."""
-        in_memory = [k for k in self._kept if isinstance(k.content, CopiedPrompt) and not k.is_needed]
+        in_memory = [kept for kept in self._kept if isinstance(kept.content, CopiedPrompt) and not kept.is_needed]
+        if n_bytes + self.n_bytes - sum(kept.n_bytes for kept in in_memory) > self._capacity:
+            return False  # whatever is dropped
         while not self._has_room(n_bytes):
             if not in_memory:
                 return False
@@ -166,7 +173,7 @@ class KeptPrompts:
             kept.is_set_aside = False
         if not same:
             n_bytes = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
-            if n_bytes > self._capacity or not self._make_room(n_bytes):
+            if not self._make_room(n_bytes):
                 return
             self._add(Kept(saved, llm.copy_prompt()))
         if self._folder is not None and not self._read_only:
