@@ -81,7 +81,8 @@ STEPS = (
     ),
     Step(
         "Some pages of a PDF:",
-        f"sx-gguf run {MODEL} -f {BOOKS[1]} --pages 12 -p 'What does /bin contain? Answer in one short sentence.' --temp 0 -n 60",
+        f"sx-gguf run {MODEL} -f {BOOKS[1]} --pages 12 --temp 0 -n 60 \\\n"
+        "    -p 'What does /bin contain? Answer in one short sentence.'",
         True,
     ),
     Step(

@@ -10,6 +10,7 @@ of the document, for models that find nothing in more. Results are kept as they 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -166,10 +167,11 @@ Written{machine} by
 python -m selfextend_gguf.studies.answers {command}
 ```
 
-{n_questions} questions about facts in {document}, from "{begin}" up to "{end}", are asked as `sx-gguf run MODEL -f FILE
-QUESTION --temp 0` asks them: document and question as one message in the model's chat template. An answer counts as
-right if it holds the words that a right answer must hold; both are in `tests/data/answers.json`. Of the questions that
-were tried, most of those were chosen that the model answers with the page alone, and none that it answers without it.
+{n_questions} questions about facts in {document}, from "{begin}" up to "{end}".
+They are asked as `sx-gguf run MODEL -f FILE QUESTION --temp 0` asks them: document and question as one message in the
+model's chat template. An answer counts as right if it holds the words that a right answer must hold; both are in
+`tests/data/answers.json`. Of the questions that were tried, most of those were chosen that the model answers with the
+page alone, and none that it answers without it.
 
 * *page alone*: the paragraphs around the fact are the whole prompt. It is what the model can do at best.
 * *truncated*: the end of the text that fits into the trained context, as programs do that cut what is too long.
@@ -196,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="GGUF file")
     parser.add_argument("--document", required=True, type=Path, help="UTF-8 text")
     parser.add_argument("--questions", type=Path, default=QUESTIONS)
-    parser.add_argument("--pretend", type=int, help="trained context to pretend, in tokens")
+    parser.add_argument("--pretend", nargs="+", type=int, default=[0], help="trained contexts to pretend; 0 = its own")
     parser.add_argument("--around", nargs="+", type=int, default=[0], help="tokens around a fact; 0 = all the document")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument(
@@ -212,22 +214,23 @@ def main(argv: list[str] | None = None) -> None:
     kept = Kept(args.kept)
     arguments = {"n_threads": args.threads, "n_threads_batch": args.threads, "n_gpu_layers": args.n_gpu_layers}
     parts = []
-    for n_tokens in args.around:
-        with ModelInfo(args.model, **pretended(args.model, args.pretend)) as info:
+    for wish, n_tokens in itertools.product(args.pretend, args.around):
+        pretend = wish or None
+        with ModelInfo(args.model, **pretended(args.model, pretend)) as info:
             about = f"{n_tokens} tokens around each fact" if n_tokens else f"{len(info.tokenizer.tokens(whole))} tokens"
             texts, placed = [whole] * len(questions), questions
             if n_tokens:
                 texts, placed = around(info, whole, questions, n_tokens)
-            as_if = "as if trained" if args.pretend else "trained"
-            parts.append(f"\n## {args.model.stem}, {as_if} on {info.n_ctx_train}: {about}\n")
+            as_if = "as if trained" if pretend else "trained"
+            heading = f"\n## {args.model.stem}, {as_if} on {info.n_ctx_train}: {about}\n"
         right = {}
         for method in args.methods:
             is_alone = method == PAGE_ALONE  # which is the same whatever is pretended, and however long the texts are
-            shown, pretend = ([q.page for q in questions], None) if is_alone else (texts, args.pretend)
+            shown, its_pretend = ([q.page for q in questions], None) if is_alone else (texts, pretend)
             what = {
                 "model": args.model.name,
                 "bytes": args.model.stat().st_size,
-                "pretend": pretend,
+                "pretend": its_pretend,
                 "texts": zlib.crc32("\0".join(shown).encode()),
                 "questions": [question.text for question in questions],
                 "method": method,
@@ -235,17 +238,17 @@ def main(argv: list[str] | None = None) -> None:
             if args.write_only and not kept.has(what):
                 continue
             is_new = not kept.has(what)
-            measure = partial(ask, args.model, method, shown, questions, pretend, arguments)
+            measure = partial(ask, args.model, method, shown, questions, its_pretend, arguments)
             result = kept.measured(what, measure)
             right[method] = [holds(a, q.words) for a, q in zip(result["answers"], questions, strict=True)]
             if is_new:
                 print(about, method, f"{sum(right[method])} of {len(questions)}, {result['seconds']} s")
                 sys.stdout.flush()
-        parts += [table(right, placed), ""]
+        if set(right) - {PAGE_ALONE}:
+            parts += [heading, table(right, placed), ""]
     asked = json.loads(args.questions.read_text(encoding="utf-8"))
-    pretending = f" --pretend {args.pretend}" if args.pretend else ""
-    lengths = " ".join(map(str, args.around))
-    command = f"{args.model.name} --document {args.document.name}{pretending} --around {lengths}"
+    pretending, lengths = (" ".join(map(str, values)) for values in (args.pretend, args.around))
+    command = f"{args.model.name} --document {args.document.name} --pretend {pretending} --around {lengths}"
     head = HEAD.format(
         machine=f" on {args.machine}" if args.machine else "",
         command=f"{command} --kept {args.kept.name}",

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -156,7 +158,7 @@ python -m selfextend_gguf.studies.retrieval {command}
 Prompts are completed greedily, as they are, without a chat template. A cell is the mean recall (the share of what
 should be in an answer) of all prompts of the row. Every method gets the same prompts.
 
-* `niah_*`, `vt`, `fwe`: RULER's synthetic tasks (arXiv 2404.06654) as `sx-gguf eval passkey --task` has them.
+* `niah_*`, `vt`, `fwe`: RULER's synthetic tasks (arXiv 2404.06654) as `sx-gguf eval passkey` has them.
 * *LongLM's passkey*: the prompts that the authors of Self-Extend published.
 * *75 pairs*: key-value retrieval of "Lost in the middle" (arXiv 2307.03172), the pair asked for at each place in turn.
 * Within the trained context every method reads as plain llama.cpp does, so only `plain` is asked. **A task that fails
@@ -217,11 +219,10 @@ def main(argv: list[str] | None = None) -> None:
         for pretend in args.pretend:
             with ModelInfo(model, **pretended(model, pretend or None)) as info:
                 n_ctx_train = info.n_ctx_train
-                tasks = [
-                    ruler(info.tokenizer, name, times * n_ctx_train, args.prompts)
-                    for name in args.ruler
-                    for times in sorted(args.times)
-                ]
+                tasks = []
+                for name, times in itertools.product(args.ruler, sorted(args.times)):
+                    with suppress(ConfigError):  # the task does not fit
+                        tasks.append(ruler(info.tokenizer, name, times * n_ctx_train, args.prompts))
                 tasks += longlm(info.tokenizer, args.longlm)
                 tasks += [pairs(info.tokenizer, args.pairs, 4 * args.prompts)] if args.pairs else []
             failed: set[str] = set()
