@@ -167,9 +167,10 @@ Written{machine} by
 python -m selfextend_gguf.studies.answers {command}
 ```
 
-{n_questions} questions about facts in {document}, from "{begin}" up to "{end}".
-They are asked as `sx-gguf run MODEL -f FILE QUESTION --temp 0` asks them: document and question as one message in the
-model's chat template. An answer counts as right if it holds the words that a right answer must hold; both are in
+{n_questions} questions about facts in {document},
+from "{begin}" up to "{end}", are asked as
+`sx-gguf run MODEL -f FILE QUESTION --temp 0` asks them: document and question as one message in the model's chat
+template. An answer counts as right if it holds the words that a right answer must hold; both are in
 `tests/data/answers.json`. Of the questions that were tried, most of those were chosen that the model answers with the
 page alone, and none that it answers without it.
 
