@@ -21,7 +21,7 @@ import numpy.typing as npt
 from selfextend_gguf.schedule import SelfExtendConfig, schedule_positions_numpy
 
 Array = npt.NDArray[np.float64]
-# (n_cached, n_total) -> key positions P(0..n_cached-1)
+# (n_cached, n_total) -> key positions P(0..n_cached-1), (n_cached,), or for each frequency, (n_cached, head_dim / 2)
 Schedule = Callable[[int, int], npt.NDArray[np.int32]]
 
 
@@ -72,8 +72,9 @@ class Reference:
         return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
 
     def rotate(self, x: Array, positions: npt.ArrayLike) -> Array:
-        """RoPE of x (n, heads, head_dim) at `positions` (n): pairs (2i, 2i+1) for llama, (i, i + half) for qwen2."""
-        angle = np.asarray(positions, np.float64)[:, None, None] * self.frequency
+        """RoPE of x (n, heads, head_dim) at `positions`, (n,) or for each frequency (n, head_dim / 2), fast ones first:
+        pairs (2i, 2i+1) for llama, (i, i + half) for qwen2."""
+        angle = np.asarray(positions, np.float64).reshape(len(x), 1, -1) * self.frequency
         cos, sin = np.cos(angle), np.sin(angle)
         half = self.head_dim // 2
         out = np.empty_like(x)
@@ -154,7 +155,9 @@ class Reference:
         cache, rows, n0 = self._empty_cache(), [], 0
         for step in steps:
             n1 = n0 + step
-            key_positions = np.concatenate([positions_of(n0, n1), np.arange(n0, n1)])
+            cached = positions_of(n0, n1)
+            own = np.arange(n0, n1).reshape(-1, *[1] * (cached.ndim - 1))
+            key_positions = np.concatenate([cached, np.broadcast_to(own, (step, *cached.shape[1:]))])
 
             def attend(
                 q: Array, k: Array, n_cached: int, key_positions: npt.NDArray[np.int32] = key_positions
