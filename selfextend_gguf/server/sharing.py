@@ -40,6 +40,7 @@ class Share:
         self._shared = shared
         self._ticket = ticket
         self._stop = stop
+        self._step_began = 0.0
         self._branches: dict[Ticket, int] = {}  # where the prompts of requests that wait leave this one
 
     def clock(self) -> float:
@@ -66,13 +67,19 @@ class Share:
         """Let others have a turn, if it is time. Raises what `stop` raises."""
         self._stop()
         self._ticket.n_read = llm.n_tokens
-        length = max(TURN, _WORTH * self._shared.copying)
-        if llm.n_tokens and llm.kept_prompts is not None and self._shared.turns.is_over(self._ticket, length):
+        if llm.n_tokens and llm.kept_prompts is not None and self._shared.turns.is_over(self._ticket, self._length()):
             self._pass_on(llm, llm.kept_prompts)
+        self._step_began = time.perf_counter()
+
+    def _length(self) -> float:
+        """Seconds of a turn. A short request shall not wait twice for the step of a slow one: it has half as long."""
+        steps = [other.step for other in self._shared.turns if other is not self._ticket]
+        return max(TURN, _WORTH * self._shared.copying, *(step / 2 for step in steps))
 
     def after_step(self, llm: SharingLlama) -> None:
         """Keep a copy where another request will go on from."""
         self._ticket.n_read = llm.n_tokens
+        self._ticket.step = max(self._ticket.step, time.perf_counter() - self._step_began)
         if llm.kept_prompts is not None and llm.n_tokens in self._branches.values():
             llm.kept_prompts.keep(llm)
 

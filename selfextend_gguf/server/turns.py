@@ -28,6 +28,7 @@ class Ticket:
     waits: bool = False  #: whether a thread waits for its turn
     used: float = 0.0  #: seconds of turns
     away: float = 0.0  #: seconds that others took between its turns
+    step: float = 0.0  #: seconds of its longest step, in which nobody else has a turn
 
     def common(self, other: Ticket) -> int:
         """How many tokens both prompts begin with."""
