@@ -114,7 +114,7 @@ def run(served: Served, n: int, seed: int, clients: int = 8) -> Counter[str]:
 
 
 def started() -> Served:
-    return Served(str(TINY_MODEL), "-c", str(CONTEXT), "-t", "1", "--cache-ram", "256")
+    return Served(str(TINY_MODEL), "-c", str(CONTEXT), "-t", "1", "--cache-ram", "64")  # is full soon
 
 
 def main() -> None:
