@@ -177,10 +177,12 @@ def predict_option(default: int | None, also: str = "") -> Decorator:
     )
 
 
+batch_option = click.option(
+    "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once."
+)
+
 text_options = _combine(
-    click.option(
-        "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, help="Most tokens read at once."
-    ),
+    batch_option,
     click.option("--raw", is_flag=True, help="Leave out the model's chat template."),
     click.option("--special", is_flag=True, help="Recognise special tokens in texts too, such as <|im_end|>."),
     click.option("--system", help="System message for the chat template."),

@@ -13,6 +13,7 @@ from selfextend_gguf.stores import is_name, model_path
 from .options import (
     OFFLINE,
     at_most_one,
+    batch_option,
     context_option,
     device_options,
     llama_arguments,
@@ -52,6 +53,7 @@ from .texts import read_text
     help="A model's name for clients, once for each model [its name, or its file's].",
 )
 @context_option
+@batch_option
 @click.option(
     "--cache-ram", type=click.IntRange(0), help="MiB for copies of prompts [a quarter of the available memory]."
 )
@@ -82,6 +84,7 @@ def serve(
     cors_origins: str,
     aliases: tuple[str, ...],
     ctx: int | None,
+    batch_size: int,
     cache_ram: int | None,
     prompt_cache: Path | None,
     prompt_cache_ro: Path | None,
@@ -120,7 +123,7 @@ def serve(
 
     verbose = options["verbose"]
     template = take_template(options)
-    arguments = llama_arguments(**options)
+    arguments = {**llama_arguments(**options), "n_batch": batch_size}
     caches = {"--prompt-cache": prompt_cache, "--prompt-cache-ro": prompt_cache_ro}
     prompt_cache, prompt_cache_ro = at_most_one(caches).values()
     if prompt_cache is not None:

@@ -14,10 +14,12 @@ import llama_cpp
 import mixed_requests
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers import random_tokens, relative_error
 from served import HTTP, Served, serving
 
 from selfextend_gguf import Llama
+from selfextend_gguf.cli import main
 from selfextend_gguf.errors import QueueFullError, RequestStoppedError
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.server import sharing
@@ -183,6 +185,7 @@ def answer(llm: Llama, prompt: list[int], n: int) -> tuple[list[int], np.ndarray
 def _change_places_often(monkeypatch):
     monkeypatch.setattr(sharing, "TURN", 0.0)
     monkeypatch.setattr(sharing, "_WORTH", 0.0)
+    monkeypatch.setattr(sharing, "_OF_A_STEP", 0.0)
 
 
 CASES = {
@@ -352,6 +355,20 @@ def test_a_full_queue_is_a_status(server, heldout_text, monkeypatch, stream):
         assert first.result()["usage"]["completion_tokens"] == 5
     wait_for(lambda: not list(server.models.turns))
     assert complete(server, "And", 1)["usage"]["completion_tokens"] == 1
+
+
+def test_the_size_of_steps_is_an_option(monkeypatch):
+    sizes = []
+
+    def run(app, models, listener, **more) -> None:
+        models.load_first()
+        sizes.append(models._shared.llm.n_batch)
+
+    monkeypatch.setattr("selfextend_gguf.server.run.run", run)
+    for arguments in ([], ["-b", "32"]):
+        result = CliRunner().invoke(main, ["serve", str(TINY_MODEL), "-c", "1024", "--port", "0", *arguments])
+        assert result.exit_code == 0, result.output
+    assert sizes == [512, 32]
 
 
 def test_mixed_requests_have_the_answers_of_a_fresh_model(monkeypatch):

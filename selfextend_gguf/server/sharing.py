@@ -19,6 +19,7 @@ from selfextend_gguf.turns import TakesTurns
 
 TURN = 0.5  #: seconds that a turn lasts at least, if its request can use them
 _WORTH = 10  # times as long as copying the text out and in takes
+_OF_A_STEP = 0.5  # as long as a step of another request takes
 
 Text = TypeVar("Text", bound="SharingLlama")
 
@@ -74,7 +75,7 @@ class Share:
     def _length(self) -> float:
         """Seconds of a turn. A short request shall not wait twice for the step of a slow one: it has half as long."""
         steps = [other.step for other in self._shared.turns if other is not self._ticket]
-        return max(TURN, _WORTH * self._shared.copying, *(step / 2 for step in steps))
+        return max(TURN, _WORTH * self._shared.copying, *(_OF_A_STEP * step for step in steps))
 
     def after_step(self, llm: SharingLlama) -> None:
         """Keep a copy where another request will go on from."""

@@ -43,7 +43,7 @@ class Ticket:
 class Turns:
     """Gives one request at a time the turn. Called by the threads that work.
 
-    Every other turn is that of the request that came first, so that it is done in twice its time at most, however many
+    Every other turn is that of the request that came first, so that it is done in about twice its time, however many
     come after it. The turns between are those of the request that has had least of them: what is short is soon done.
 
     A request whose prompt begins like one that is being read waits for that reading. Requests for another model than
