@@ -74,8 +74,8 @@ STEPS = (
         f"sx-gguf run {MODEL} --ctx 32768 -f {BOOKS[0]} -p 'What is this text about?'",
     ),
     Step(
-        "Its tenth chapter alone is longer than the 8192 tokens that the model was trained on, and is extended without "
-        "asking:",
+        "In an EPUB, pages are chapters. One of them alone is longer than the 8192 tokens that the model was trained "
+        "on, and is\nextended without asking:",
         f"sx-gguf run {MODEL} -f {BOOKS[0]} --pages 11 -p 'What is this text about?' --temp 0 -n 60 --timings",
         True,
     ),
@@ -122,6 +122,7 @@ def fresh_home(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
                 "PIP_CACHE_DIR": pip_cache.strip(),
                 "HF_ENDPOINT": hub.url,
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                "PIP_QUIET": "1",  # with --quiet: no warnings either
             },
         )
 
