@@ -35,7 +35,8 @@ empty home and wrote down what came of it; a test types them again.
 
 The model, SmolLM2-135M-Instruct, is small enough for any machine, and lies in a package on PyPI. It writes fluent
 sentences, and is often wrong: a model of this size finds what a page says, not what a book says
-([answers.md](answers.md)). The documents are those of Debian's package `debian-policy`: `{BOOKS[0]}` and `{BOOKS[1]}`.
+([answers.md](answers.md)). The documents are those of Debian's package `debian-policy`: `{BOOKS[0]}` and
+`{BOOKS[1]}`.
 
 ```sh
 pip install '.[documents,hub]'      # in a clone of this repository

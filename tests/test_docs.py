@@ -17,6 +17,7 @@ import click
 import pytest
 import yaml
 from cli_reference import DOCUMENT, commands, document
+from first_hour import REPO
 
 import selfextend_gguf
 from selfextend_gguf import Llama, plan
@@ -110,8 +111,10 @@ def parse(arguments: list[str]) -> None:
 def folder(tmp_path, monkeypatch):
     """A place where files that commands name can be found."""
     (tmp_path / "model.gguf").symlink_to(TINY_MODEL)
-    (tmp_path / "hf:USER").mkdir()  # a path comes before a name, so nothing is downloaded
-    (tmp_path / "hf:USER" / "REPO").symlink_to(TINY_MODEL)
+    # A path comes before a name, so nothing is downloaded.
+    for name in ("hf:USER/REPO", f"hf:{REPO}:Q4_1", f"hf:{REPO}:Q5_K_M", "ollama:smollm2:135m"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(TINY_MODEL)
     (tmp_path / "tuned.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
 
