@@ -100,6 +100,8 @@ class KeptPrompts:
             self.keep(llm)  # another text comes; this one may come back
         if best is not None and not self._restore(llm, best):
             usable = 0
+        if usable < min(_LEAST, len(tokens) // 2):
+            usable = 0  # not worth another cut: it is where kernels for quantised weights round otherwise
         llm.n_tokens = usable  # whatever reads next goes on from there
         return known
 
