@@ -75,6 +75,18 @@ def test_a_shared_document_is_read_once(documents):
     assert max(read[2:]) <= 110  # the questions themselves
 
 
+def test_a_few_common_tokens_are_not_gone_on_from(documents):
+    """Such as BOS, with which every prompt begins: the text would be cut after it."""
+    asker = Asker(KeptPrompts(ROOM))
+    asker.ask(documents[0])
+    other = documents[0][:20] + documents[1]
+    asker.ask(other)
+    assert asker.n_read == len(other)
+    asker.ask("And Paul", n=1)
+    asker.ask("And Paul said", n=1)
+    assert asker.n_read == len(" said")  # of a short prompt it is most
+
+
 def test_documents_take_turns(documents):
     asker = Asker(KeptPrompts(ROOM))
     for text in documents:

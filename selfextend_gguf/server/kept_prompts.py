@@ -72,7 +72,7 @@ class KeptPrompts:
         tokens = np.asarray(prompt, np.int32)
         known = self._recall(llm, tokens)
         points = set()
-        if known > llm.n_tokens:
+        if known > max(llm.n_tokens, _LEAST):
             points.add(known)  # two prompts parted here: there may be more
         if llm.n_tokens < len(tokens) // 2:
             points.add(_before_the_end(llm, len(tokens)))  # of a new text, whose last lines may be a question
