@@ -129,7 +129,10 @@ def chat(
             conversation = Conversation(llm, info, system=system, raw=raw, special=special)
             dialogue = Dialogue(conversation, llm, info, answers)
             if is_terminal:
-                note(f"{name_of(model)}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}). /help for help.")
+                note(
+                    f"{name_of(model)}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}), "
+                    f"{llm.placement}. /help for help."
+                )
             if conversation.raw and not raw:
                 note("The model has no chat template: texts are continued as they are.")
             for document in documents:
@@ -381,6 +384,7 @@ class Dialogue:
             if config
             else "Self-Extend  not needed"
         )
+        note(f"Model        {llm.placement}")
         if self._timings is not None:
             t = self._timings.as_dict()
             note(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from selfextend_gguf.devices import devices
 from selfextend_gguf.errors import NotEnoughMemoryError
 from selfextend_gguf.examine import examine, sensible_context
 from selfextend_gguf.kv_cache import KV_TYPES, warn_of_rounding
@@ -61,11 +63,18 @@ def info(
         ),
         "Sensible context": sensible_words(facts["n_ctx_train"], **facts["sensible_context"]),
         "Arithmetic limit": f"{facts['longest_context']} tokens, not a promise",
+        "Devices": devices_words(facts["devices"]),
         "Rewritten layers": f"{facts['rewritten_layers']} of {facts['layers']}",
         "Self-Extend": facts["explanation"],
     }
     for name, value in rows.items():
         click.echo(f"{name + ':':<32}{value}")
+
+
+def devices_words(found: Sequence[Mapping[str, Any]]) -> str:
+    """Where commands put the model unless told otherwise."""
+    names = [f"{d['name']} ({d['description']}, {gib(d['free_bytes'])} free)" for d in found]
+    return f"all layers on {', '.join(names)}" if names else "CPU; this build of llama.cpp has no GPU"
 
 
 def sensible_words(n_ctx_train: int, n_ctx: int, group_size: int, n_bytes: int | None, is_all_memory: bool) -> str:
@@ -106,6 +115,9 @@ def describe(
         "rope": file.rope,
         "quantisation": file.quantisation,
         "n_ctx": n_ctx,
+        "devices": [
+            {"name": d.name, "description": d.description, "free_bytes": d.free, "bytes": d.total} for d in devices()
+        ],
         "layers": file.n_layers,
         "rewritten_layers": found.n_layers,
         "kv_cache_bytes": {

@@ -11,15 +11,17 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
+import llama_cpp
 from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from selfextend_gguf._native import restore_log
 from selfextend_gguf.arguments import check_arguments
 from selfextend_gguf.chat_schemas import SchemaGrammar
+from selfextend_gguf.devices import ALL_LAYERS, add_rpc_server, usual_layers
 from selfextend_gguf.errors import ConfigError, TemplateError
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.model_info import ModelInfo
@@ -243,12 +245,80 @@ cache_type_options = _combine(
     ),
 )
 
+
+class Layers(click.ParamType[int | None]):
+    """A number of layers, or a word for one."""
+
+    name = "layers"
+    words: ClassVar[dict[str, int | None]] = {"auto": None, "all": ALL_LAYERS}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """None: as many as `usual_layers` says, when all devices are known."""
+        return self.words[value] if value in self.words else click.INT.convert(value, param, ctx)
+
+
+def _split(kind: click.ParamType[Any]) -> Callable[[click.Context, click.Parameter, str | None], list[Any] | None]:
+    """A callback for values with commas."""
+
+    def split(context: click.Context, option: click.Parameter, value: str | None) -> list[Any] | None:
+        return None if value is None else [kind.convert(part.strip(), option, context) for part in value.split(",")]
+
+    return split
+
+
+SPLIT_MODES = {
+    "none": llama_cpp.LLAMA_SPLIT_MODE_NONE,
+    "layer": llama_cpp.LLAMA_SPLIT_MODE_LAYER,
+    "row": llama_cpp.LLAMA_SPLIT_MODE_ROW,
+}
 device_options = _combine(
     click.option(
         "-t", "--threads", type=click.IntRange(1), help="CPU threads [half of the cores to generate, all to read]."
     ),
     click.option(
-        "-ngl", "--gpu-layers", type=int, default=0, show_default=True, help="Layers to put on the GPU; -1 = all."
+        "-ngl",
+        "--gpu-layers",
+        type=Layers(),
+        default="auto",
+        show_default=True,
+        metavar="N",
+        help="Layers to put on GPUs; all, or auto = all where llama.cpp has a GPU.",
+    ),
+    click.option(
+        "-dev",
+        "--device",
+        metavar="A,B,...",
+        callback=_split(click.STRING),
+        help="Devices for them, as `sx-gguf info` names them; none = the CPU only [all].",
+    ),
+    click.option(
+        "-sm",
+        "--split-mode",
+        type=click.Choice(list(SPLIT_MODES)),
+        default="layer",
+        show_default=True,
+        help="What is divided between several devices.",
+    ),
+    click.option(
+        "-ts",
+        "--tensor-split",
+        metavar="N,N,...",
+        callback=_split(click.FLOAT),
+        help="Shares of the devices, such as 3,1 [as their memory is free].",
+    ),
+    click.option(
+        "-mg",
+        "--main-gpu",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="The device for everything, by its place, with -sm none.",
+    ),
+    click.option(
+        "--rpc",
+        metavar="HOST:PORT,...",
+        callback=_split(click.STRING),
+        help="Servers of llama.cpp's RPC backend, whose devices are used as well.",
     ),
     cache_type_options,
 )
@@ -532,13 +602,32 @@ pretend_option = click.option(
 
 
 def model_arguments(
-    *, threads: int | None, gpu_layers: int, cache_type_k: str, cache_type_v: str, verbose: bool
+    *,
+    threads: int | None,
+    gpu_layers: int | None,
+    device: list[str] | None,
+    split_mode: str,
+    tensor_split: list[float] | None,
+    main_gpu: int,
+    rpc: list[str] | None,
+    cache_type_k: str,
+    cache_type_v: str,
+    verbose: bool,
 ) -> dict[str, Any]:
-    """Arguments of both `Llama` classes from `device_options` and `verbose_option`. Raises ConfigError."""
+    """Arguments of both `Llama` classes from `device_options` and `verbose_option`; `devices`, which is ours, only if
+    some were named. Raises ConfigError."""
+    for server in rpc or []:
+        add_rpc_server(server)
+    if device == ["none"]:
+        gpu_layers, device = 0, None
     arguments = {
         "n_threads": threads,
         "n_threads_batch": threads,
-        "n_gpu_layers": gpu_layers,
+        "n_gpu_layers": usual_layers() if gpu_layers is None else gpu_layers,
+        "split_mode": SPLIT_MODES[split_mode],
+        "tensor_split": tensor_split,
+        "main_gpu": main_gpu,
+        **({} if device is None else {"devices": device}),
         "type_k": KV_TYPES[cache_type_k],
         "type_v": KV_TYPES[cache_type_v],
         "verbose": verbose,

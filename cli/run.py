@@ -149,7 +149,7 @@ def run(
         if as_json:
             click.echo(json.dumps(record(model, llm, answer, reasoning, opening)))
         if timings:
-            print_timings(answer[-1].timings, opening)
+            print_timings(answer[-1].timings, opening, llm.placement)
     finally:
         llm.close()
 
@@ -224,12 +224,13 @@ def record(model: Path, llm: Llama, answer: list[Piece], reasoning: str, opening
         "cached_tokens": timings.pop("cached_tokens"),
         "generated_tokens": timings.pop("generated_tokens"),
         "n_ctx": llm.n_ctx(),
+        "placement": llm.placement,
         "self_extend": asdict(llm.self_extend) if llm.self_extend else None,
         "timings": {**opening, **timings},
     }
 
 
-def print_timings(timings: Timings, opening: dict[str, float]) -> None:
+def print_timings(timings: Timings, opening: dict[str, float], placement: str) -> None:
     """Speeds on standard error."""
     numbers = timings.as_dict()
     click.echo(
@@ -237,6 +238,6 @@ def print_timings(timings: Timings, opening: dict[str, float]) -> None:
         f"{timings.cached_tokens} of them cached, {timings.prompt_seconds:.2f} s, "
         f"{numbers['prompt_tokens_per_second']:.1f} tokens/s | generated {timings.generated_tokens} tokens, "
         f"{timings.generate_seconds:.2f} s, {numbers['generated_tokens_per_second']:.1f} tokens/s | "
-        f"rewriting keys {timings.rewrite_seconds:.3f} s",
+        f"rewriting keys {timings.rewrite_seconds:.3f} s | {placement}",
         err=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llama_cpp
@@ -22,6 +22,7 @@ from selfextend_gguf.checks import (
     whole,
     whole_number,
 )
+from selfextend_gguf.devices import chosen
 from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.schedule import LONGEST
@@ -78,6 +79,14 @@ def _override_text(name: str, value: Any) -> str:
     return str(value)
 
 
+def _devices(name: str, value: Any) -> list[str]:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ConfigError(f"{name} must be a list of names of devices, not {shown(value)}")
+    names = [text(f"{name}[{i}]", part) for i, part in enumerate(value)]
+    chosen(names)
+    return names
+
+
 def _adapters(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} must be a dictionary, not {shown(value)}")
@@ -100,6 +109,7 @@ _THREADS = optional(whole(0, _MOST_THREADS))
 CHECKS: dict[str, Check] = {
     "model_path": path,
     "n_gpu_layers": whole(-1, _INT32),
+    "devices": optional(_devices),
     "split_mode": whole(llama_cpp.LLAMA_SPLIT_MODE_NONE, llama_cpp.LLAMA_SPLIT_MODE_TENSOR),
     "main_gpu": whole(-1, _INT32),
     "tensor_split": optional(_tensor_split),

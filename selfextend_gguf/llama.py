@@ -116,6 +116,7 @@ class Llama(SafeLlama):
             block_size: Steps, in tokens, in which the boundary of the grouped keys moves.
             schedule: One of `schedule.SCHEDULES`: "selfextend", "paper", "adagrope", "rerope", "leaky-rerope".
             model_info: The same file, if it is open already: it is not opened once more.
+            devices: Names of the devices for the `n_gpu_layers`, as in `devices.devices()`; None = all.
             adapters: Scales of LoRA adapters by their paths, beside `lora_path` with its `lora_scale`.
             kwargs: All other arguments of `llama_cpp.Llama`. Its `seed` is the same in every process unless another
                 is given, and so are the answers: give one for answers that differ, here or to each completion.
@@ -175,7 +176,7 @@ class Llama(SafeLlama):
             params.type_v,
             self.n_batch if config is None else config.block_size,
             wanted=self._flash_attn,
-            on_cpu=self.model_params.n_gpu_layers == 0,
+            on_cpu=self.placement == "CPU",
         )
         if config is None:
             return
@@ -405,6 +406,10 @@ class Llama(SafeLlama):
         if isinstance(self.draft_model, StepLimitedDraft):
             state["draft_model"] = self.draft_model.draft_model
         state.update(
-            self._plan_arguments, adapters=self.adapters, flash_attn=self._flash_attn, n_ctx=self._wanted_n_ctx
+            self._plan_arguments,
+            adapters=self.adapters,
+            devices=self.devices,
+            flash_attn=self._flash_attn,
+            n_ctx=self._wanted_n_ctx,
         )
         return state

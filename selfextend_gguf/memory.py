@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from selfextend_gguf.adapters import adapters_of
+from selfextend_gguf.devices import placement
 from selfextend_gguf.errors import MemoryTightWarning, NotEnoughMemoryError
 from selfextend_gguf.kv_cache import KV_TYPES, kv_cache_bytes, per_layer
 from selfextend_gguf.model_info import ModelInfo
@@ -130,7 +131,8 @@ def check_allocation(n_bytes: int, what: str) -> None:
 
 def can_foresee(info: ModelInfo, arguments: Mapping[str, Any]) -> bool:
     """Whether `Demand` tells what these arguments of `Llama` take from the machine's memory."""
-    on_device = arguments.get("n_gpu_layers", 0) != 0 and arguments.get("offload_kqv", True)
+    on_device = placement(arguments.get("n_gpu_layers", 0), arguments.get("devices")) != "CPU"
+    on_device = on_device and arguments.get("offload_kqv", True)
     if arguments.get("vocab_only") or (on_device and sys.platform != "darwin"):
         return False  # devices refuse by themselves, except where their memory is ours
     # With swa_full=False sliding-window layers keep a part only, which llama.cpp alone can tell.

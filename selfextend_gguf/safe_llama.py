@@ -6,9 +6,11 @@ What is checked here is what llama_cpp hands to C as it is, or loses on the way.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -32,12 +34,14 @@ from selfextend_gguf.chat_schemas import SchemaGrammar, json_format, wanted_sche
 from selfextend_gguf.checks import check_all, shown, whole_number
 from selfextend_gguf.checks import seed as check_seed
 from selfextend_gguf.checks import text as check_text
+from selfextend_gguf.devices import placement, pointers
 from selfextend_gguf.drafting import StepLimitedDraft
 from selfextend_gguf.errors import (
     ConfigError,
     ContextFullError,
     EngineError,
     GrammarError,
+    NotEnoughMemoryError,
     SelfExtendError,
     UnknownArgumentError,
     UnsupportedModelError,
@@ -59,6 +63,7 @@ from selfextend_gguf.templates import (
 from selfextend_gguf.tokenizer import Tokenizer, encode, text_handler
 from selfextend_gguf.turns import TakesTurns, takes_turn
 
+_OUT_OF_MEMORY = re.compile("alloc|memory", re.IGNORECASE)  # in what llama.cpp says of a device that refuses
 _COMPLETION = inspect.signature(llama_cpp.Llama.create_completion)
 
 
@@ -115,9 +120,11 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         lora_path: str | None = None,
         lora_scale: float = 1.0,
         adapters: Mapping[str, float] | None = None,
+        devices: Sequence[str] | None = None,
         **arguments: Any,
     ) -> None:
         """Load weights, make a context and adapt it."""
+        self.devices = devices
         note_log_errors(True)
         try:
             super().__init__(
@@ -130,13 +137,18 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         except SelfExtendError:
             raise
         except ValueError as error:
+            if hasattr(self, "_ctx"):
+                raise
+            if self.placement != "CPU" and _OUT_OF_MEMORY.search(last_error()):
+                raise NotEnoughMemoryError(
+                    f"{self.placement} and {n_ctx} tokens do not fit the memory there: {last_error()}; fewer layers "
+                    "(n_gpu_layers, -ngl) or a smaller context would"
+                ) from error
             if not hasattr(self, "_model"):
                 raise model_file_error(model_path, last_error()) from error
-            if not hasattr(self, "_ctx"):
-                raise EngineError(
-                    f"llama.cpp could not create a context of {n_ctx} tokens for {model_path}: {last_error()}"
-                ) from error
-            raise
+            raise EngineError(
+                f"llama.cpp could not create a context of {n_ctx} tokens for {model_path}: {last_error()}"
+            ) from error
         finally:
             note_log_errors(False)
         for owner in (self._model, self._ctx, self._batch):
@@ -150,6 +162,24 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
             self._stack.callback(llama_cpp.llama_adapter_lora_free, loaded[-1][0])
         if loaded:
             set_adapters(self._ctx, loaded)
+
+    @property
+    def placement(self) -> str:
+        """Where the layers are, in words: "CPU", "all layers on CUDA0"."""
+        n_layers = (llama_cpp.llama_model_n_layer(self._model.model),) if hasattr(self, "_model") else ()
+        return placement(self.model_params.n_gpu_layers, self.devices, *n_layers)
+
+    # llama_cpp.Llama.__init__ has no argument for devices. The assignment of `model_params` is when they can be set.
+    @property
+    def model_params(self) -> Any:
+        return self.__dict__["model_params"]
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        self.__dict__["model_params"] = params
+        if self.devices is not None:
+            self._device_pointers = pointers(self.devices)  # as long as the parameters
+            params.devices = ctypes.cast(self._device_pointers, ctypes.c_void_p)
 
     # llama_cpp.Llama.__init__ loads the model, then creates the context from `context_params` in one go. The
     # assignment of `_model` is the moment between the two: the callback can be set.

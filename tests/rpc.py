@@ -36,17 +36,9 @@ def serve(endpoint: str) -> None:
     start(endpoint.encode(), None, 1, 1, (ctypes.c_void_p * 1)(cpu))
 
 
-def add_server(endpoint: str) -> None:
-    """Make the devices of a server known to llama.cpp in this process."""
-    # ggml_backend_reg_t ggml_backend_rpc_add_server(const char * endpoint);
-    add = _function("ggml_backend_rpc_add_server", [ctypes.c_char_p], ctypes.c_void_p)
-    # void ggml_backend_register(ggml_backend_reg_t reg);
-    _function("ggml_backend_register", [ctypes.c_void_p], None)(add(endpoint.encode()))
-
-
 @contextmanager
-def server() -> Iterator[None]:
-    """A server in a process of its own, known to llama.cpp in this one."""
+def running() -> Iterator[str]:
+    """HOST:PORT of a server in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -61,8 +53,7 @@ def server() -> Iterator[None]:
                 break
             except OSError:
                 time.sleep(0.1)
-        add_server(endpoint)
-        yield
+        yield endpoint
     finally:
         process.kill()
         process.wait()

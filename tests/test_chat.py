@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from held import ANSWERED, READ
 
 from selfextend_gguf.cli import main
+from selfextend_gguf.devices import placement, usual_layers
 from selfextend_gguf.models import TINY_MODEL
 
 COMMAND = str(Path(sys.executable).with_name("sx-gguf"))
@@ -115,7 +116,7 @@ def test_a_conversation(terminal, tmp_path):
     file = tmp_path / "c.json"
     term = terminal("chat", MODEL, "-n", "5", "--temp", "0")
     assert term.lines() == [
-        f"{TINY_MODEL.name}, context 1024 tokens (trained on 256). /help for help.",
+        f"{TINY_MODEL.name}, context 1024 tokens (trained on 256), {placement(usual_layers())}. /help for help.",
         NO_TEMPLATE,
         ">",
     ]

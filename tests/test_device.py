@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, closing
 from functools import cache
 
 import llama_cpp
@@ -13,7 +15,9 @@ import rpc
 from helpers import SHAPES, random_tokens, relative_error
 
 from selfextend_gguf import Llama
+from selfextend_gguf.devices import add_rpc_server, devices
 from selfextend_gguf.kv_cache import KV_TYPES
+from selfextend_gguf.models import TINY_MODEL
 
 ALL_LAYERS = -1
 N = 500  # tokens: 4 to 8 trained contexts
@@ -24,7 +28,9 @@ def device(request) -> Iterator[None]:
     chosen = request.config.getoption("--device")
     if chosen is None:
         pytest.skip("no --device chosen")
-    with rpc.server() if chosen == "rpc" else nullcontext():
+    with ExitStack() as opened:
+        if chosen == "rpc":
+            add_rpc_server(opened.enter_context(rpc.running()))
         assert llama_cpp.llama_supports_gpu_offload(), "this llama-cpp-python knows no device but the CPU"
         yield
 
@@ -100,3 +106,45 @@ def test_cache_on_the_host_and_layers_on_the_device(model, name):
     cpu.eval(tokens)
     llm.eval(tokens)
     assert relative_error(llm.scores[:N], cpu.scores[:N]) < tolerance(path, "f32")
+
+
+def test_a_model_over_two_servers_of_ones_choice(model):
+    """What `--rpc A,B -dev RPC..., -ts 1,3` gives: half of it would be enough to be wrong."""
+    path, tokens = str(model("norm-128")), random_tokens(N, seed=11)
+    before = devices()
+    with rpc.running() as first, rpc.running() as second:
+        for endpoint in (first, second):
+            add_rpc_server(endpoint)
+        names = [device.name for device in devices() if device not in before]
+        assert len(names) == 2
+        with closing(load(path, 0, "f32")) as cpu:
+            cpu.eval(tokens)
+            wanted = cpu.scores[:N].copy()
+        with closing(load(path, ALL_LAYERS, "f32", devices=names, tensor_split=[1, 3])) as split:
+            assert split.placement == f"all layers on {names[0]}, {names[1]}"
+            split.eval(tokens)
+            assert set(split._engine.devices) == {f"RPC0[{first}]", f"RPC0[{second}]"}
+            assert relative_error(split.scores[:N], wanted) < tolerance(path, "f32")
+        with closing(load(path, ALL_LAYERS, "f32", devices=names[1:])) as one:
+            one.eval(tokens)
+            assert one._engine.devices == [f"RPC0[{second}]"]
+            assert relative_error(one.scores[:N], wanted) < tolerance(path, "f32")
+
+
+def test_the_command_line_uses_servers(model, request):
+    if request.config.getoption("--device") != "rpc":
+        pytest.skip("of RPC servers")
+    with rpc.running() as endpoint:
+        options = ["--temp", "0", "-n", "8", "--timings"]
+        plain = run_sx("run", str(TINY_MODEL), *options, "-ngl", "0", "Once upon a time")
+        over = run_sx("run", str(TINY_MODEL), *options, "--rpc", endpoint, "Once upon a time")
+        assert over.stdout == plain.stdout
+        assert plain.stderr.rstrip().endswith("| CPU")
+        assert "| all layers on RPC0" in over.stderr
+        info = run_sx("info", str(TINY_MODEL))
+        assert "Devices:                        CPU" in info.stdout
+
+
+def run_sx(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from selfextend_gguf.cli import main; main()"]
+    return subprocess.run([*program, *arguments], capture_output=True, text=True, check=True)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["errors", "atomic_file", "models", "drafting", "reasoning", "programs", "pages", "document_worker"],
     ["checks", "turns", "stores"],
+    ["devices"],
     ["tiny", "schedule", "documents"],
     ["planning", "kv_cache", "reference", "grammar", "json_schema", "chat_schemas"],
     ["handles", "sampling", "more_samplers", "logprobs", "templates", "template_worker"],

@@ -21,6 +21,7 @@ from selfextend_gguf.kv_cache import KV_TYPES, flash_attention_type
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import plan, plan_if_beyond, whole_cells
+from selfextend_gguf.safe_llama import SafeLlama
 from selfextend_gguf.schedule import SCHEDULES
 
 Losses = npt.NDArray[np.float64]
@@ -301,7 +302,8 @@ def open_reader(
     n_ctx = {"window": n_ctx_train, "loop": n_tokens + _LOOP_ROOM}.get(method, n_tokens)
     if method in _STRETCHED:
         arguments |= _stretched(method, max(1.0, n_tokens / n_ctx_train), base, n_rot, n_ctx_train)
-    llm = llama_cpp.Llama(model_path, n_ctx=whole_cells(n_ctx + 1), **arguments)
+    plain = SafeLlama if "devices" in arguments else llama_cpp.Llama  # which has no such argument
+    llm = plain(model_path=model_path, n_ctx=whole_cells(n_ctx + 1), **arguments)
     if method == "window":
         return WindowReader(llm, n_ctx_train, bos)
     if method == "loop":
