@@ -77,10 +77,12 @@ Written{machine} by
 python -m selfextend_gguf.studies.per_dimension {command}
 ```
 
-{model} in the float64 reference, read as if it were trained on {n_ctx_train} tokens: {n_tokens} tokens of each of
-{texts}. Group sizes are those of eighths of the frequencies, from fast to slow, in the place of the one of the
-automatic parameters. Perplexity is that of the tokens beyond {n_ctx_train}, in relation to plain reading of the same
-file, which was trained on more, and to one size for all. Standard errors are those of paired losses.
+{model} in the float64 reference, read as if it were trained on {n_ctx_train} tokens: {n_tokens} tokens each of
+{texts}.
+
+Group sizes are those of eighths of the frequencies, from fast to slow, in the place of the one of the automatic
+parameters. Perplexity is that of the tokens beyond {n_ctx_train}, in relation to plain reading of the same file, which
+was trained on more, and to one size for all. Standard errors are those of paired losses.
 """
 
 
