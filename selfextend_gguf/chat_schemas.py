@@ -92,6 +92,20 @@ def wanted_schemas(
     return schemas
 
 
+def any_call(functions: list[dict[str, Any]], *, many: bool) -> dict[str, Any]:
+    """The schema of a call of any of the functions, or of a list of such calls."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function["name"]}, "arguments": function["parameters"]},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1} if many else {"anyOf": calls}
+
+
 class _Schema(str):
     """A JSON schema where llama_cpp has the text of a grammar."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -69,6 +69,7 @@ def stream_completion(
     max_tokens: int,
     on_read: Callable[[int, int], None] = lambda done, total: None,
     tells_thoughts: bool = True,
+    spelled: Sequence[str] = (),
     clock: Callable[[], float] = time.perf_counter,
     **sampling: Any,
 ) -> Generator[Piece, None, None]:
@@ -76,8 +77,8 @@ def stream_completion(
 
     `on_read(done, total)` is called before and while that part of the prompt is read that the cache does not hold; what
     it raises leaves the cache with the tokens read so far. Without `tells_thoughts` all pieces are of the answer, in
-    which control tokens are left out. Timings are those of `clock`, in seconds. Raises ContextFullError when the prompt
-    does not fit.
+    which control tokens are left out, but for those in `spelled`. Timings are those of `clock`, in seconds. Raises
+    ContextFullError when the prompt does not fit.
     """
     n_prompt = len(prompt.tokens)
     check_room(n_prompt, llm.n_ctx(), n_answer=1)
@@ -111,7 +112,7 @@ def stream_completion(
 
     splitter = Splitter(prompt.thought_end) if tells_thoughts else Whole()
     llm.progress = progress
-    llm.spelled = spelled_tags(llm.tokenizer_) if tells_thoughts else ()
+    llm.spelled = [*(spelled_tags(llm.tokenizer_) if tells_thoughts else ()), *spelled]
     try:
         chunks = llm.create_completion(prompt.tokens, max_tokens=max_tokens, stop=prompt.stop, stream=True, **sampling)
         for chunk in cast("Iterator[CreateCompletionStreamResponse]", chunks):  # as always with `stream`

@@ -75,6 +75,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@pytest.fixture
+def model_says(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let served models, whose tokens are bytes, say what a test wants."""
+    from selfextend_gguf.server.logprobs import Chosen
+    from selfextend_gguf.server.models import ServedLlama
+
+    def says(text: str) -> None:
+        def generate(self, *args, **kwargs):
+            self.answer = []
+            for byte in text.encode():
+                self.answer.append(Chosen(bytes([byte])))
+                yield byte
+            yield 0  # which ends an answer
+
+        monkeypatch.setattr(ServedLlama, "generate", generate)
+
+    return says
+
+
 @pytest.fixture(scope="session")
 def heldout_text() -> str:
     return (Path(__file__).parent / "data" / "heldout.txt").read_text(encoding="ascii")

@@ -17,7 +17,7 @@ FLOORS = [
     ["checks", "turns", "stores"],
     ["devices"],
     ["tiny", "schedule", "documents"],
-    ["planning", "kv_cache", "reference", "grammar", "json_schema", "chat_schemas"],
+    ["planning", "kv_cache", "reference", "grammar", "json_schema", "chat_schemas", "tool_calls"],
     ["handles", "sampling", "more_samplers", "logprobs", "templates", "template_worker"],
     ["_native"],
     ["tokenizer", "model_info", "context", "prompt_cache", "arguments"],

@@ -14,8 +14,6 @@ from selfextend_gguf import Llama
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.server import answering
 from selfextend_gguf.server.app import Settings
-from selfextend_gguf.server.logprobs import Chosen
-from selfextend_gguf.server.models import ServedLlama
 
 # Shows tools, effort and, if told to, begins a thought.
 TEMPLATE = (
@@ -237,25 +235,8 @@ def test_probabilities_in_a_chat(server):
 # ---- thoughts ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def thoughtful(monkeypatch):
-    """Let the model say what a test wants."""
-
-    def says(text: str) -> None:
-        def generate(self, *args, **kwargs):
-            self.answer = []
-            for byte in text.encode():
-                self.answer.append(Chosen(bytes([byte])))
-                yield byte
-            yield 0  # which ends an answer
-
-        monkeypatch.setattr(ServedLlama, "generate", generate)
-
-    return says
-
-
-def test_thoughts_are_kept_apart(server, thoughtful):
-    thoughtful("<think>\nHm, <b>\n</think>\n\nYes")
+def test_thoughts_are_kept_apart(server, model_says):
+    model_says("<think>\nHm, <b>\n</think>\n\nYes")
     message = chat(server, max_tokens=99)["choices"][0]["message"]
     assert (message["content"], message["reasoning_content"]) == ("Yes", "Hm, <b>")
     deltas = [c["choices"][0]["delta"] for c in data_of(stream(server, "chat/completions", messages=MESSAGES))]
@@ -264,14 +245,14 @@ def test_thoughts_are_kept_apart(server, thoughtful):
     assert "".join(delta.get("content", "") for delta in deltas) == "Yes"
 
 
-def test_a_thought_that_the_template_begins(server, thoughtful):
-    thoughtful("Hm</think>Yes")
+def test_a_thought_that_the_template_begins(server, model_says):
+    model_says("Hm</think>Yes")
     message = chat(server, max_tokens=99, chat_template_kwargs={"thoughtful": True})["choices"][0]["message"]
     assert (message["content"], message["reasoning_content"]) == ("Yes", "Hm")
 
 
-def test_thoughts_stay_where_they_are_if_so_asked(server, strict_server, thoughtful):
-    thoughtful("<think>Hm</think>Yes")
+def test_thoughts_stay_where_they_are_if_so_asked(server, strict_server, model_says):
+    model_says("<think>Hm</think>Yes")
     message = chat(server, max_tokens=99, reasoning_format="none")["choices"][0]["message"]
     assert message == {"role": "assistant", "content": "<think>Hm</think>Yes"}
     client = strict_server.client("one")  # whose default it is

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from anyio import CapacityLimiter, to_thread
 
@@ -16,6 +17,7 @@ from selfextend_gguf.server.jobs import Job
 from selfextend_gguf.server.logprobs import Chosen
 from selfextend_gguf.server.models import OneModelAtATime, ServedLlama
 from selfextend_gguf.server.work import current_work
+from selfextend_gguf.tool_calls.reading import Part, Reader
 
 KEEP_ALIVE = 3.0  #: seconds of silence after which a stream says that it is alive
 _REPORT_EVERY = 0.1  # seconds between reports of progress
@@ -34,11 +36,13 @@ class Read:
 
 @dataclass(frozen=True)
 class Said:
-    """A piece of an answer."""
+    """A piece of an answer: text, or arguments of a call, whose name comes with the first of them."""
 
     index: int  #: of the answer
     kind: Kind
     text: str
+    name: str | None  #: of a tool, whose call begins
+    arguments: str  #: of the call that has begun last, JSON
     tokens: list[Chosen]  #: that begin in it
     finish_reason: str | None
     timings: Timings
@@ -51,13 +55,34 @@ def answer(llm: ServedLlama, job: Job, tell: Callable[[Read | Said], None]) -> N
     for index, (prompt, sampling) in enumerate(job.answers()):
         reports = _Reports(index, len(prompt.tokens), tell)
         pieces = stream_completion(
-            llm, prompt, on_read=reports, tells_thoughts=job.tells_thoughts, clock=llm.clock, **sampling
+            llm,
+            prompt,
+            on_read=reports,
+            tells_thoughts=job.tells_thoughts,
+            spelled=job.spelled,
+            clock=llm.clock,
+            **sampling,
         )
+        reader = job.reader()
         with contextlib.closing(pieces):
             begun = _Begun(llm)
             for piece in pieces:
-                tell(Said(index, piece.kind, piece.text, begun.take(piece), piece.finish_reason, piece.timings,
-                          len(llm.answer)))  # fmt: skip
+                for part, finish_reason in _parts(piece, reader):
+                    said = (part.text, part.name, part.arguments, begun.take(part.written), finish_reason)
+                    tell(Said(index, piece.kind, *said, piece.timings, len(llm.answer)))
+                if reader.is_done:
+                    break
+
+
+def _parts(piece: Piece, reader: Reader) -> Iterator[tuple[Part, str | None]]:
+    """Parts of a piece, and how the answer ends with them."""
+    if piece.kind != "answer":
+        yield Part(piece.text, text=piece.text), piece.finish_reason
+        return
+    parts = chain(reader.feed(piece.text) if piece.text else (), reader.finish() if piece.finish_reason else ())
+    yield from ((part, None) for part in parts)
+    if piece.finish_reason is not None or reader.is_done:
+        yield Part(""), piece.finish_reason or "stop"
 
 
 class _Reports:
@@ -87,9 +112,9 @@ class _Begun:
         self._n_bytes_taken = 0
         self._n_bytes = 0
 
-    def take(self, piece: Piece) -> list[Chosen]:
+    def take(self, written: str) -> list[Chosen]:
         """The tokens that begin in the next piece."""
-        self._n_bytes += len(piece.text.encode())
+        self._n_bytes += len(written.encode())
         taken = []
         while self._n_taken < len(self._llm.answer) and self._n_bytes_taken < self._n_bytes:
             token = self._llm.answer[self._n_taken]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,11 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from selfextend_gguf.server.access import Cors, KeyChecker, LocalGuard
-from selfextend_gguf.server.answering import Read, Said, begin
+from selfextend_gguf.server.answering import KEEP_ALIVE, Read, Said, begin
 from selfextend_gguf.server.errors import ErrorReporter, error_response
 from selfextend_gguf.server.fields import FieldChecker
 from selfextend_gguf.server.forms import ChatForm, CompletionForm, Form
-from selfextend_gguf.server.jobs import Job, chat_job, completion_job, tool_to_call
+from selfextend_gguf.server.jobs import Job, chat_job, completion_job
 from selfextend_gguf.server.limits import RequestLimits
 from selfextend_gguf.server.metrics import Metrics
 from selfextend_gguf.server.models import OneModelAtATime
@@ -41,14 +42,22 @@ class Settings:
 
 async def as_events(form: Form, body: Body, happened: AsyncIterator[Read | Said | None]) -> AsyncIterator[str]:
     """What happens, as server-sent events."""
+    last = time.monotonic()
     async for event in happened:
-        if event is None:
+        chunks: list[dict[str, Any]] = []
+        if isinstance(event, Said):
+            chunks = list(form.chunks(event))
+        elif event is not None and body.return_progress:
+            chunks = [form.progress_chunk(event)]
+        for chunk in chunks:
+            yield _data(chunk)
+        if not chunks and (
+            event is None or time.monotonic() > last + KEEP_ALIVE
+        ):  # a long call is told when it is whole
             yield ": still here\n\n"  # a comment, for proxies and clients that take silence for an end
-        elif isinstance(event, Said):
-            for chunk in form.chunks(event):
-                yield _data(chunk)
-        elif body.return_progress:
-            yield _data(form.progress_chunk(event))
+        elif not chunks:
+            continue
+        last = time.monotonic()
     if body.stream_options.include_usage:
         yield _data(form.usage_chunk())
     yield "data: [DONE]\n\n"
@@ -100,7 +109,7 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         check_fields(body)
         job = await run_in_threadpool(chat_job, body, models.find(body.model))
         apart = (body.reasoning_format or settings.reasoning_format) != "none"
-        return await complete(body, job, ChatForm(job, tool=tool_to_call(body), keeps_thoughts_apart=apart))
+        return await complete(body, job, ChatForm(job, keeps_thoughts_apart=apart))
 
     @app.get("/v1/models", dependencies=with_key)
     @app.get("/v1/models/", dependencies=with_key)

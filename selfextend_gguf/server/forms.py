@@ -16,11 +16,21 @@ from selfextend_gguf.server.logprobs import Chosen, of_chat, of_completion
 
 
 @dataclass
+class CalledTool:
+    """A call of a tool, as far as it is known."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass
 class Choice:
     """An answer, as far as it is known."""
 
     text: str = ""
     thought: str = ""
+    calls: list[CalledTool] = field(default_factory=list)
     tokens: list[Chosen] = field(default_factory=list)
     finish_reason: str | None = None
     timings: Timings = field(default_factory=lambda: Timings(0))
@@ -51,6 +61,10 @@ class Form(ABC):
             choice.thought += said.text
         elif said.kind == "answer":
             choice.text += said.text
+        if said.name is not None:
+            choice.calls.append(CalledTool(f"call_{self._id[-24:]}_{said.index}_{len(choice.calls)}", said.name))
+        if choice.calls:
+            choice.calls[-1].arguments += said.arguments
         choice.tokens += said.tokens
         choice.finish_reason, choice.timings, choice.n_answer = said.finish_reason, said.timings, said.n_answer
         return choice
@@ -75,13 +89,12 @@ class Form(ABC):
 
     def chunks(self, said: Said) -> Iterator[dict[str, Any]]:
         """What is said, as chunks of a stream."""
-        finish = said.finish_reason
+        self.take(said)
         for part in self._parts(said):
             yield self._body(
                 self.chunk_object, [{"index": said.index, "logprobs": None, "finish_reason": None, **part}]
             )
-        self.take(said)
-        if finish is not None:
+        if said.finish_reason is not None:
             choice = {"index": said.index, **self._end(said), "logprobs": None}
             yield self._body(self.chunk_object, [choice], timings=timings_of(said.timings))
 
@@ -106,7 +119,7 @@ class Form(ABC):
 
     @abstractmethod
     def _parts(self, said: Said) -> Iterator[dict[str, Any]]:
-        """What is said, as parts of choices."""
+        """What is said and has been noted, as parts of choices."""
 
     @abstractmethod
     def _end(self, said: Said) -> dict[str, Any]:
@@ -136,7 +149,7 @@ class CompletionForm(Form):
 
     def _parts(self, said: Said) -> Iterator[dict[str, Any]]:
         if said.text:
-            offset = len(self._choices[said.index].text)
+            offset = len(self._choices[said.index].text) - len(said.text)
             logprobs = None if self._job.n_top is None else of_completion(said.tokens, offset)
             yield {"text": said.text, "logprobs": logprobs}
 
@@ -154,10 +167,8 @@ class ChatForm(Form):
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl"
 
-    def __init__(self, job: Job, *, tool: str | None, keeps_thoughts_apart: bool) -> None:
-        """`tool`: name of the one that is called; else the answer is a text."""
+    def __init__(self, job: Job, *, keeps_thoughts_apart: bool) -> None:
         super().__init__(job)
-        self._tool = tool
         self._apart = keeps_thoughts_apart
         self._begun: set[int] = set()  # answers whose role has been told
 
@@ -165,49 +176,48 @@ class ChatForm(Form):
         """Note what is said; the answer so far."""
         return super().take(said if self._apart else replace(said, kind="answer"))
 
-    def _call(self, index: int, arguments: str) -> dict[str, Any]:
-        function = {"name": self._tool, "arguments": arguments}
-        return {"id": f"call_{self._id[-24:]}_{index}", "type": "function", "function": function}
-
-    def _finish_reason(self, reason: str | None) -> str | None:
-        return "tool_calls" if reason == "stop" and self._tool is not None else reason
-
     def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
-        if self._tool is not None:
-            message |= {"content": None, "tool_calls": [self._call(index, choice.text)]}
+        if choice.calls:
+            message["content"] = choice.text or None
+            message["tool_calls"] = [_as_tool_call(call) for call in choice.calls]
         if choice.thought.strip():
             message["reasoning_content"] = choice.thought.strip()
         logprobs = None if self._job.n_top is None else of_chat(choice.tokens)
-        reason = self._finish_reason(choice.finish_reason)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _finish_reason(choice)}
 
     def _parts(self, said: Said) -> Iterator[dict[str, Any]]:
+        said = said if self._apart else replace(said, kind="answer")
         if said.index not in self._begun:
             self._begun.add(said.index)
-            yield {"delta": self._first(said.index)}
-        said = said if self._apart else replace(said, kind="answer")
+            yield {"delta": {"role": "assistant", "content": None if said.name is not None else ""}}
+        number = len(self._choices[said.index].calls) - 1  # of the last call
         delta: dict[str, Any] = {}
-        if self._tool is not None:
-            delta = {"tool_calls": [{"index": 0, "function": {"arguments": said.text}}]}
-        elif said.kind == "thought":
+        if said.kind == "thought" and said.text:
             delta = {"reasoning_content": said.text}
-        elif said.kind == "answer":
+        elif said.kind == "answer" and said.text:
             delta = {"content": said.text}
-        if said.text and (delta or said.tokens):
+        elif said.arguments:
+            delta = {"tool_calls": [{"index": number, "function": {"arguments": said.arguments}}]}
+        if said.name is not None:
+            begun = replace(self._choices[said.index].calls[-1], arguments="")
+            yield {"delta": {"tool_calls": [{"index": number, **_as_tool_call(begun)}]}}
+        if delta or (said.tokens and self._job.n_top is not None):
             yield {"delta": delta, "logprobs": None if self._job.n_top is None else of_chat(said.tokens)}
 
-    def _first(self, index: int) -> dict[str, Any]:
-        """The first delta of an answer: who says it and, of a call, what no other delta has."""
-        if self._tool is None:
-            return {"role": "assistant", "content": ""}
-        return {"role": "assistant", "content": None, "tool_calls": [{"index": 0, **self._call(index, "")}]}
-
     def _end(self, said: Said) -> dict[str, Any]:
-        return {"delta": {}, "finish_reason": self._finish_reason(said.finish_reason)}
+        return {"delta": {}, "finish_reason": _finish_reason(self._choices[said.index])}
 
     def _nothing(self) -> dict[str, Any]:
         return {"delta": {}}
+
+
+def _as_tool_call(call: CalledTool) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _finish_reason(choice: Choice) -> str | None:
+    return "tool_calls" if choice.finish_reason == "stop" and choice.calls else choice.finish_reason
 
 
 def timings_of(timings: Timings) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from llama_cpp.llama_grammar import LlamaGrammar
 
-from selfextend_gguf.chat_schemas import SchemaGrammar, called_tool, wanted_schemas
+from selfextend_gguf.chat_schemas import SchemaGrammar, any_call, called_tool, wanted_schemas
 from selfextend_gguf.checks import check_all
 from selfextend_gguf.errors import ConfigError, ContextFullError, GrammarError
 from selfextend_gguf.grammar import check_grammar
@@ -25,6 +25,8 @@ from selfextend_gguf.server.models import ServedModel
 from selfextend_gguf.server.requests import ChatRequest, CompletionRequest, Request
 from selfextend_gguf.templates import check_variables
 from selfextend_gguf.tokenizer import restore
+from selfextend_gguf.tool_calls.formats import GENERIC
+from selfextend_gguf.tool_calls.reading import ArgumentsReader, CallReader, Reader, TextReader
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Job:
     grammar: str | None = None
     n_top: int | None = None  #: likeliest tokens to note at each place; None = no probabilities at all
     tells_thoughts: bool = False  #: whether thoughts are told from the answer
+    reader: Callable[[], Reader] = TextReader  #: of each answer, that tells calls from text
+    spelled: Sequence[str] = ()  #: texts whose control tokens are spelled in the answer
 
     def answers(self) -> Iterator[tuple[Prompt, dict[str, Any]]]:
         """Prompt and sampling of each answer, one after the other."""
@@ -86,13 +90,16 @@ def completion_job(body: CompletionRequest, model: ServedModel) -> Job:
 def chat_job(body: ChatRequest, model: ServedModel) -> Job:
     """Raises ContextFullError, GrammarError, ConfigError, TextError."""
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    called, calls_any = tool_to_call(body), calls_any_tool(body)
     schemas = wanted_schemas(
         response_format=body.response_format,
         tools=tools,
-        tool_choice=tools[0] if body.tool_choice == "required" else body.tool_choice,
+        tool_choice=tools[0] if body.tool_choice == "required" and called else body.tool_choice,
         functions=None,
         function_call=None,
     )
+    if calls_any:
+        schemas.append(any_call([tool["function"] for tool in tools], many=bool(body.parallel_tool_calls)))
     if len(schemas) + (body.grammar is not None) > 1:
         raise GrammarError("only one of grammar, response_format and a tool to call can give the form of the answer")
     for schema in schemas:
@@ -100,12 +107,29 @@ def chat_job(body: ChatRequest, model: ServedModel) -> Job:
     is_free = not schemas and body.grammar is None
     prompt = chat_prompt(body, model)
     job = _job(body, model, [prompt], n_top=body.top_logprobs if body.logprobs else None)
-    return _checked(replace(job, schema=schemas[0] if schemas else None, tells_thoughts=is_free), model)
+    job = replace(job, schema=schemas[0] if schemas else None, tells_thoughts=is_free)
+    parameters = {tool.function.name: tool.function.parameters for tool in body.tools}
+    calls = model.call_format if is_free and tools and body.tool_choice in (None, "auto") else None
+    if called is not None:
+        job = replace(job, reader=lambda: ArgumentsReader(called))
+    elif calls_any:
+        job = replace(job, reader=lambda: CallReader(GENERIC, parameters))
+    elif calls is not None:
+        at_most_one = body.parallel_tool_calls is False
+        job = replace(job, reader=lambda: CallReader(calls, parameters, at_most_one=at_most_one), spelled=calls.marks)
+    return _checked(job, model)
 
 
 def tool_to_call(body: ChatRequest) -> str | None:
-    """Name of the tool that the answer calls. Raises GrammarError."""
-    return body.tools[0].function.name if body.tool_choice == "required" else called_tool(body.tool_choice, None)
+    """Name of the tool that the answer calls; None if it may be another, or none. Raises GrammarError."""
+    if body.tool_choice == "required":
+        return None if calls_any_tool(body) else body.tools[0].function.name
+    return called_tool(body.tool_choice, None)
+
+
+def calls_any_tool(body: ChatRequest) -> bool:
+    """Whether the answer is a call of any of the tools, or several."""
+    return body.tool_choice == "required" and (len(body.tools) > 1 or bool(body.parallel_tool_calls))
 
 
 def chat_text(body: ChatRequest, model: ServedModel) -> str:
@@ -127,9 +151,9 @@ def _rendered(
     template = model.template
     if template is None:
         raise ConfigError(f"the model {model.alias!r} has no chat template; use /v1/completions")
-    called = tool_to_call(body)
+    may_call = tool_to_call(body) is None and body.tool_choice != "required"
     tools = [] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools]
-    if tools and called is None and "tools" not in (model.info.chat_template or ""):
+    if tools and may_call and "tools" not in (model.info.chat_template or ""):
         raise ConfigError(
             f"the chat template of {model.alias!r} tells the model nothing of tools; name one in tool_choice"
         )

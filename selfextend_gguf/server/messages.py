@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -114,15 +115,26 @@ def render(messages: Sequence[Message], template: Callable[[list[dict[str, Any]]
     """What a template makes of messages. Raises TemplateError.
 
     Clients send the arguments of calls as JSON texts. Most templates expect objects, as transformers gives them; those
-    that put texts together fail on these, and get texts.
+    that put texts together fail on these, and get texts. Mistral's refuse identifiers of calls that have not nine
+    letters, and get such.
     """
     try:
         return template([message.for_template(_as_object) for message in messages])
     except TemplateError:
-        as_texts = [message.for_template(_as_text) for message in messages]
         if not any(message.tool_calls for message in messages):
             raise
-        return template(as_texts)
+    try:
+        return template([message.for_template(_as_text) for message in messages])
+    except TemplateError:
+        return template([_with_short_ids(message.for_template(_as_object)) for message in messages])
+
+
+def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls are known by nine letters each."""
+    for call in (message, *message.get("tool_calls", [])):
+        for key in {"id", "tool_call_id"} & call.keys():
+            call[key] = hashlib.blake2b(call[key].encode(), digest_size=5).hexdigest()[:9]
+    return message
 
 
 def _as_object(arguments: Any) -> Any:

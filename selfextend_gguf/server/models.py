@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from selfextend_gguf.planning import PARAMETERS, default_context, plan_if_beyond
 from selfextend_gguf.prompt import chat_formatter
 from selfextend_gguf.server.kept_prompts import KeptPrompts
 from selfextend_gguf.server.logprobs import Chosen
+from selfextend_gguf.server.messages import Message, render
 from selfextend_gguf.server.sharing import Share, Shared, SharingLlama
 from selfextend_gguf.server.turns import Ticket, Turns
 from selfextend_gguf.server.work import stop_if_unwanted
 from selfextend_gguf.templates import ChatTemplate
+from selfextend_gguf.tool_calls.choosing import format_of
+from selfextend_gguf.tool_calls.formats import Format
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,19 @@ class ServedModel:
         llm = ServedLlama(str(self.info.path), n_ctx=self.n_ctx, model_info=self.info, **self.arguments)
         llm.kept_prompts = self.keep()
         return llm
+
+    @functools.cached_property
+    def call_format(self) -> Format | None:
+        """How the model writes calls of tools; None if that is not known."""
+        template = self.template
+        if template is None:
+            return None
+        return format_of(
+            lambda messages, tools: render(
+                [Message.model_validate(message) for message in messages],
+                lambda plain: template(messages=plain, tools=tools).prompt,
+            )
+        )
 
     def text_of(self, prompt: str | Sequence[int]) -> str:
         """The text of a prompt that may be tokens. Raises TextError."""

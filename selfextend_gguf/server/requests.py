@@ -200,8 +200,7 @@ class ChatRequest(Request):
     tool_choice: Any = None
     functions: list[Function] = Field(default_factory=list)
     function_call: Any = None
-    # One call at most is made.
-    parallel_tool_calls: bool = False
+    parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=100)
@@ -230,9 +229,6 @@ class ChatRequest(Request):
         self.tools = [*self.tools, *(Tool(function=function) for function in self.functions)]
         if self.tool_choice is None:
             self.tool_choice = self.function_call
-        if self.tool_choice == "required":
-            if not self.tools:
-                raise ValueError('tool_choice "required" without tools')
-            if len(self.tools) != 1:
-                raise ValueError('tool_choice "required" needs exactly one tool; name the one to call')
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError('tool_choice "required" without tools')
         return self
