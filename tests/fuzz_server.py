@@ -50,6 +50,7 @@ FIELDS = [
     "typical_p", "top_k", "repeat_penalty", "mirostat", "mirostat_tau", "xtc_probability", "dry_multiplier",
     "dry_sequence_breakers", "echo", "logprobs", "top_logprobs", "best_of", "tools", "tool_choice", "functions",
     "response_format", "reasoning_effort", "chat_template_kwargs", "content", "tokens", "input", "add_special", "user",
+    "text", "reasoning", "previous_response_id", "stop_sequences", "thinking", "output_config",
     "max_output_tokens", "instructions", "system", "metadata", "parallel_tool_calls", "a", "", "__proto__",
 ]  # fmt: skip
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import anthropic
 import llama_cpp
 import numpy as np
 import pytest
@@ -337,3 +338,45 @@ def test_the_server_answers_as_llama_does_also_from_kept_prompts(path_of, load, 
         finally:
             served.end()
         assert any(read_prompt_header(file).key_positions[0] > 0 for file in folder.glob("*.kv"))
+
+
+def test_all_three_apis_force_the_same_call(path_of):
+    place = {"type": "object", "properties": {"city": {"enum": ["Rome", "Athens", "Paris"]}}, "required": ["city"]}
+    place["additionalProperties"] = False
+    time = {"type": "object", "properties": {}, "additionalProperties": False}
+    question = {"role": "user", "content": "What is the weather like in Athens?"}
+    tools = [
+        {"name": "weather", "description": "The weather in a city", "parameters": place},
+        {"name": "time", "description": "The time of day", "parameters": time},
+    ]
+    served = Served(str(path_of(SMOLLM2, None)), "--alias", "real", "-c", "1024", "-t", "1", "--api-key", KEY)
+    try:
+        asked = {"model": "real", "temperature": 0, "tool_choice": "required"}
+        chat = served.client().chat.completions.create(
+            **asked, messages=[question], tools=[{"type": "function", "function": tool} for tool in tools]
+        )
+        [call] = chat.choices[0].message.tool_calls
+        wanted = (call.function.name, json.loads(call.function.arguments))
+        assert wanted in [("weather", {"city": city}) for city in place["properties"]["city"]["enum"]] + [("time", {})]
+
+        with served.client().responses.stream(
+            **asked, input=[question], tools=[{"type": "function", **tool} for tool in tools]
+        ) as stream:
+            [item] = stream.get_final_response().output
+        assert (item.name, json.loads(item.arguments)) == wanted
+
+        claude = anthropic.Anthropic(base_url=served.url, api_key=KEY, max_retries=0)
+        offered = [{"name": t["name"], "description": t["description"], "input_schema": t["parameters"]} for t in tools]
+        arguments = {"model": "real", "max_tokens": 64, "messages": [question], "extra_body": {"temperature": 0}}
+        with claude.messages.stream(**arguments, tools=offered, tool_choice={"type": "any"}) as stream:
+            [block] = stream.get_final_message().content
+        assert (block.name, block.input) == wanted
+        sent = [
+            question,
+            {"role": "assistant", "content": [block]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block.id, "content": "22 degrees"}]},
+        ]
+        answer = claude.messages.create(**{**arguments, "messages": sent})
+        assert answer.content[0].text.strip()
+    finally:
+        served.end()

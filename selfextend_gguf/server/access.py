@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from selfextend_gguf.errors import ConfigError
-from selfextend_gguf.server.errors import error_body
+from selfextend_gguf.server.errors import error_body, shaped
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+", re.IGNORECASE)
 _LOCAL_ORIGIN = r"https?://(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?"
@@ -90,7 +90,7 @@ class LocalGuard:
         if why is None:
             await self.app(scope, receive, send)
         else:
-            await JSONResponse(error_body(403, why), 403)(scope, receive, send)
+            await JSONResponse(shaped(403, error_body(403, why), scope["path"]), 403)(scope, receive, send)
 
     def _why_not(self, headers: Headers) -> str | None:
         host = re.sub(r":\d*$", "", headers.get("Host", "localhost"))

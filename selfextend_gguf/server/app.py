@@ -1,12 +1,11 @@
-"""The application: OpenAI's endpoints."""
+"""The application: OpenAI's endpoints, and Anthropic's."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,17 +15,21 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from selfextend_gguf.server.access import Cors, KeyChecker, LocalGuard
 from selfextend_gguf.server.answering import KEEP_ALIVE, Read, Said, begin
+from selfextend_gguf.server.anthropic import MessagesForm, MessagesRequest
 from selfextend_gguf.server.errors import ErrorReporter, error_response
 from selfextend_gguf.server.fields import FieldChecker
 from selfextend_gguf.server.forms import ChatForm, CompletionForm, Form
-from selfextend_gguf.server.jobs import Job, chat_job, completion_job
+from selfextend_gguf.server.jobs import Job, chat_job, chat_prompt, completion_job
 from selfextend_gguf.server.limits import RequestLimits
 from selfextend_gguf.server.metrics import Metrics
 from selfextend_gguf.server.models import OneModelAtATime
 from selfextend_gguf.server.requests import ChatRequest, CompletionRequest
 from selfextend_gguf.server.requests import Request as Body
+from selfextend_gguf.server.responses import ResponsesForm, ResponsesRequest
 from selfextend_gguf.server.texts import text_router
 from selfextend_gguf.server.work import DisconnectWatcher
+
+Asked = TypeVar("Asked", bound=ChatRequest)
 
 
 @dataclass(frozen=True)
@@ -40,31 +43,20 @@ class Settings:
     reasoning_format: Literal["auto", "none"] = "auto"  #: whether thoughts are kept apart from answers
 
 
-async def as_events(form: Form, body: Body, happened: AsyncIterator[Read | Said | None]) -> AsyncIterator[str]:
+async def as_events(form: Form, happened: AsyncIterator[Read | Said | None]) -> AsyncIterator[str]:
     """What happens, as server-sent events."""
+    for event in form.begin():
+        yield event
     last = time.monotonic()
-    async for event in happened:
-        chunks: list[dict[str, Any]] = []
-        if isinstance(event, Said):
-            chunks = list(form.chunks(event))
-        elif event is not None and body.return_progress:
-            chunks = [form.progress_chunk(event)]
-        for chunk in chunks:
-            yield _data(chunk)
-        if not chunks and (
-            event is None or time.monotonic() > last + KEEP_ALIVE
-        ):  # a long call is told when it is whole
-            yield ": still here\n\n"  # a comment, for proxies and clients that take silence for an end
-        elif not chunks:
-            continue
-        last = time.monotonic()
-    if body.stream_options.include_usage:
-        yield _data(form.usage_chunk())
-    yield "data: [DONE]\n\n"
-
-
-def _data(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk)}\n\n"
+    async for what in happened:
+        events = list(form.tell(what) if isinstance(what, Said) else form.progress(what) if what else ())
+        if not events and (what is None or time.monotonic() > last + KEEP_ALIVE):  # a call is told when it is whole
+            events = [": still here\n\n"]  # a comment, for proxies and clients that take silence for an end
+        for event in events:
+            yield event
+            last = time.monotonic()
+    for event in form.end():
+        yield event
 
 
 def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = False) -> FastAPI:
@@ -73,8 +65,8 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
     app.add_middleware(DisconnectWatcher)
     app.add_middleware(RequestLimits)
 
-    async def report(_: Request, error: Exception) -> JSONResponse:
-        return error_response(error)
+    async def report(request: Request, error: Exception) -> JSONResponse:
+        return error_response(error, request.url.path)
 
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, report)
@@ -90,11 +82,18 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         happened = metrics.counted(begin(models, job))
         if body.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(as_events(form, body, happened), media_type="text/event-stream", headers=headers)
+            return StreamingResponse(as_events(form, happened), media_type="text/event-stream", headers=headers)
         async for event in happened:
             if isinstance(event, Said):
                 form.take(event)
         return form.whole()
+
+    async def chat(body: Asked, make: Callable[[Job, Asked, bool], Form]) -> Any:
+        check_fields(body)
+        job = await run_in_threadpool(chat_job, body, models.find(body.model))
+        return await complete(
+            body, job, make(job, body, (body.reasoning_format or settings.reasoning_format) != "none")
+        )
 
     @app.post("/v1/completions", dependencies=with_key, response_model=None)
     async def completions(body: CompletionRequest) -> Any:
@@ -102,14 +101,25 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         model = models.find(body.model)
         job = await run_in_threadpool(completion_job, body, model)
         echoed = [model.text_of(prompt) for prompt in body.prompts] if body.echo else None
-        return await complete(body, job, CompletionForm(job, echoed))
+        return await complete(body, job, CompletionForm(job, body, echoed))
 
     @app.post("/v1/chat/completions", dependencies=with_key, response_model=None)
     async def chat_completions(body: ChatRequest) -> Any:
+        return await chat(body, ChatForm)
+
+    @app.post("/v1/responses", dependencies=with_key, response_model=None)
+    async def responses(body: ResponsesRequest) -> Any:
+        return await chat(body, ResponsesForm)
+
+    @app.post("/v1/messages", dependencies=with_key, response_model=None)
+    async def messages(body: MessagesRequest) -> Any:
+        return await chat(body, MessagesForm)
+
+    @app.post("/v1/messages/count_tokens", dependencies=with_key)
+    async def count_tokens(body: MessagesRequest) -> dict[str, int]:
         check_fields(body)
-        job = await run_in_threadpool(chat_job, body, models.find(body.model))
-        apart = (body.reasoning_format or settings.reasoning_format) != "none"
-        return await complete(body, job, ChatForm(job, keeps_thoughts_apart=apart))
+        prompt = await run_in_threadpool(chat_prompt, body, models.find(body.model))
+        return {"input_tokens": len(prompt.tokens)}
 
     @app.get("/v1/models", dependencies=with_key)
     @app.get("/v1/models/", dependencies=with_key)

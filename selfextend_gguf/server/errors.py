@@ -1,4 +1,4 @@
-"""Errors as OpenAI reports them, at any time of an answer."""
+"""Errors as OpenAI reports them, or Anthropic, at any time of an answer."""
 
 from __future__ import annotations
 
@@ -57,9 +57,37 @@ def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, error_body(500, message)
 
 
-def error_response(error: Exception) -> JSONResponse:
-    """An error as an answer; who comes too early is told when to come again."""
+_ANTHROPIC = "/v1/messages"  # where its endpoints are
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+}
+
+
+def shaped(status: int, body: dict[str, Any], path: str) -> dict[str, Any]:
+    """The body of an error as the API of an endpoint has it."""
+    if not path.startswith(_ANTHROPIC):
+        return body
+    kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
+
+
+def error_event(status: int, body: dict[str, Any], path: str) -> str:
+    """An error in the middle of a stream."""
+    if path == "/v1/responses":
+        body = {"type": "error", "sequence_number": 0, **body["error"], **body}
+    named = "event: error\n" if path == "/v1/responses" or path.startswith(_ANTHROPIC) else ""
+    return f"{named}data: {json.dumps(shaped(status, body, path))}\n\n"
+
+
+def error_response(error: Exception, path: str) -> JSONResponse:
+    """An error as an answer of an endpoint; who comes too early is told when to come again."""
     status, body = describe_error(error)
+    body = shaped(status, body, path)
     headers = dict((isinstance(error, HTTPException) and error.headers) or {})
     return JSONResponse(body, status, {**headers, **({"Retry-After": str(_RETRY_AFTER)} if status == 503 else {})})
 
@@ -101,8 +129,8 @@ class ErrorReporter:
             if status == 500:
                 log.error("%s", body["error"]["message"], exc_info=error if self.verbose else None)
             if not began:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope["path"])(scope, receive, send)
                 return
-            last = {"type": "http.response.body", "body": f"data: {json.dumps(body)}\n\n".encode()}
+            last = {"type": "http.response.body", "body": error_event(status, body, scope["path"]).encode()}
         if last is not None:
             await send(last)

@@ -1,7 +1,8 @@
-"""Answers in the forms of OpenAI's API: whole, or in chunks of a stream."""
+"""Answers in a form: whole, or as events of a stream. Here those of OpenAI's older endpoints."""
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from selfextend_gguf.generate import Timings
 from selfextend_gguf.server.answering import Read, Said
 from selfextend_gguf.server.jobs import Job
 from selfextend_gguf.server.logprobs import Chosen, of_chat, of_completion
+from selfextend_gguf.server.requests import Request
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Choice:
 
     text: str = ""
     thought: str = ""
+    n_thought: int = 0  #: tokens
     calls: list[CalledTool] = field(default_factory=list)
     tokens: list[Chosen] = field(default_factory=list)
     finish_reason: str | None = None
@@ -40,40 +43,82 @@ class Choice:
 class Form(ABC):
     """Puts what is said into a form. One for each request."""
 
-    object: str  #: what OpenAI calls a whole answer
-    chunk_object: str  #: and a part of one
-    prefix: str  #: of identifiers
-
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._hex = uuid.uuid4().hex  # of identifiers
         self._created = int(time.time())
         self._choices = [Choice() for _ in range(len(job.prompts) * job.n)]
-
-    def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        known = {"id": self._id, "object": kind, "created": self._created, "model": self._job.alias}
-        return {**known, "choices": choices, **more}
 
     def take(self, said: Said) -> Choice:
         """Note what is said; the answer so far."""
         choice = self._choices[said.index]
         if said.kind == "thought":
             choice.thought += said.text
+            choice.n_thought += len(said.tokens)
         elif said.kind == "answer":
             choice.text += said.text
         if said.name is not None:
-            choice.calls.append(CalledTool(f"call_{self._id[-24:]}_{said.index}_{len(choice.calls)}", said.name))
+            choice.calls.append(CalledTool(f"call_{self._hex[-24:]}_{said.index}_{len(choice.calls)}", said.name))
         if choice.calls:
             choice.calls[-1].arguments += said.arguments
         choice.tokens += said.tokens
         choice.finish_reason, choice.timings, choice.n_answer = said.finish_reason, said.timings, said.n_answer
         return choice
 
-    def usage(self) -> dict[str, Any]:
-        """Numbers of tokens, of all answers together; a prompt counts once."""
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens of prompts, those of them that were cached, tokens of answers. A prompt counts once."""
         n_prompt = sum(len(prompt.tokens) for prompt in self._job.prompts)
         n_cached = sum(choice.timings.cached_tokens for choice in self._choices[:: self._job.n])
-        n_answer = sum(choice.n_answer for choice in self._choices)
+        return n_prompt, n_cached, sum(choice.n_answer for choice in self._choices)
+
+    @abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """The answers as one body."""
+
+    def begin(self) -> Iterator[str]:
+        """Events of a stream before anything is known."""
+        yield from ()
+
+    def progress(self, read: Read) -> Iterator[str]:
+        """Events that say how much of a prompt has been read."""
+        yield from ()
+
+    @abstractmethod
+    def tell(self, said: Said) -> Iterator[str]:
+        """Note what is said, for the events of a stream that say it."""
+
+    @abstractmethod
+    def end(self) -> Iterator[str]:
+        """Events after the last answer."""
+
+
+def event(data: dict[str, Any], name: str | None = None) -> str:
+    """A server-sent event."""
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data)}\n\n"
+
+
+class ChoicesForm(Form):
+    """Answers as choices, of OpenAI's older endpoints."""
+
+    object: str  #: what OpenAI calls a whole answer
+    chunk_object: str  #: and a part of one
+    prefix: str  #: of identifiers
+
+    def __init__(self, job: Job, body: Request) -> None:
+        super().__init__(job)
+        self._tells_usage = body.stream_options.include_usage
+        self._tells_progress = body.return_progress
+
+    def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        name = f"{self.prefix}-{self._hex}"
+        known = {"id": name, "object": kind, "created": self._created, "model": self._job.alias}
+        return {**known, "choices": choices, **more}
+
+    def _chunk(self, choice: dict[str, Any], **more: Any) -> str:
+        return event(self._body(self.chunk_object, [choice], **more))
+
+    def _usage(self) -> dict[str, Any]:
+        n_prompt, n_cached, n_answer = self.counts()
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_answer,
@@ -85,33 +130,34 @@ class Form(ABC):
         """The answers as one body."""
         choices = [self._whole(index, choice) for index, choice in enumerate(self._choices)]
         timings = timings_of(self._choices[-1].timings)
-        return self._body(self.object, choices, usage=self.usage(), timings=timings)
+        return self._body(self.object, choices, usage=self._usage(), timings=timings)
 
-    def chunks(self, said: Said) -> Iterator[dict[str, Any]]:
-        """What is said, as chunks of a stream."""
+    def tell(self, said: Said) -> Iterator[str]:
+        """What is said, as chunks."""
         self.take(said)
         for part in self._parts(said):
-            yield self._body(
-                self.chunk_object, [{"index": said.index, "logprobs": None, "finish_reason": None, **part}]
-            )
+            yield self._chunk({"index": said.index, "logprobs": None, "finish_reason": None, **part})
         if said.finish_reason is not None:
             choice = {"index": said.index, **self._end(said), "logprobs": None}
-            yield self._body(self.chunk_object, [choice], timings=timings_of(said.timings))
+            yield self._chunk(choice, timings=timings_of(said.timings))
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """The chunk after the last answer, if it is asked for."""
-        return self._body(self.chunk_object, [], usage=self.usage())
+    def end(self) -> Iterator[str]:
+        """Usage, if it is asked for, and a mark."""
+        if self._tells_usage:
+            yield event(self._body(self.chunk_object, [], usage=self._usage()))
+        yield "data: [DONE]\n\n"
 
-    def progress_chunk(self, read: Read) -> dict[str, Any]:
-        """How much of a prompt has been read, as llama.cpp's server reports it."""
-        progress = {
-            "total": read.n_prompt,
-            "cache": read.n_cached,
-            "processed": read.n_processed,
-            "time_ms": round(read.seconds * 1000),
-        }
-        choice = {"index": read.index, **self._nothing(), "logprobs": None, "finish_reason": None}
-        return self._body(self.chunk_object, [choice], prompt_progress=progress)
+    def progress(self, read: Read) -> Iterator[str]:
+        """How much of a prompt has been read, as llama.cpp's server reports it, if it is asked for."""
+        if self._tells_progress:
+            progress = {
+                "total": read.n_prompt,
+                "cache": read.n_cached,
+                "processed": read.n_processed,
+                "time_ms": round(read.seconds * 1000),
+            }
+            choice = {"index": read.index, **self._nothing(), "logprobs": None, "finish_reason": None}
+            yield self._chunk(choice, prompt_progress=progress)
 
     @abstractmethod
     def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -130,15 +176,15 @@ class Form(ABC):
         """A part of a choice in which nothing is said."""
 
 
-class CompletionForm(Form):
+class CompletionForm(ChoicesForm):
     """Of /v1/completions."""
 
     object = chunk_object = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, job: Job, echoed: list[str] | None = None) -> None:
+    def __init__(self, job: Job, body: Request, echoed: list[str] | None = None) -> None:
         """`echoed`: texts that stand before the answers to each prompt."""
-        super().__init__(job)
+        super().__init__(job, body)
         self._echoed = echoed
 
     def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -160,15 +206,15 @@ class CompletionForm(Form):
         return {"text": ""}
 
 
-class ChatForm(Form):
+class ChatForm(ChoicesForm):
     """Of /v1/chat/completions."""
 
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl"
 
-    def __init__(self, job: Job, *, keeps_thoughts_apart: bool) -> None:
-        super().__init__(job)
+    def __init__(self, job: Job, body: Request, keeps_thoughts_apart: bool) -> None:
+        super().__init__(job, body)
         self._apart = keeps_thoughts_apart
         self._begun: set[int] = set()  # answers whose role has been told
 
