@@ -146,6 +146,7 @@ def test_a_call_that_is_cut(client):
         ({"tool_choice": {"type": "any"}}, "without tools"),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
         ({"system": [{"type": "image"}]}, "text only"),
+        ({"n": 2}, "n is not supported: there is one answer"),
         ({"frobnicate": 1}, "frobnicate: unknown parameter"),
         ({"messages": [{"role": "user", "content": "a" * 3000}]}, "maximum context length"),
     ],

@@ -138,6 +138,7 @@ def test_an_answer_of_a_form(client):
     ("more", "message"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported: nothing is kept"),
+        ({"n": 2}, "n is not supported: there is one answer"),
         ({"background": True}, "background is not supported"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "items of type 'item_reference'"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]}, "text only"),

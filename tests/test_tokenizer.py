@@ -29,6 +29,7 @@ from selfextend_gguf.conversation import Conversation
 from selfextend_gguf.errors import SelfExtendError, TextError
 from selfextend_gguf.evaluation.perplexity import stretches
 from selfextend_gguf.evaluation.readers import open_reader
+from selfextend_gguf.generate import stream_completion
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.prompt import make_prompt, render_chat
@@ -36,6 +37,8 @@ from selfextend_gguf.reference import Reference
 from selfextend_gguf.studies.hostile_texts import TEXTS, sweep, write_vocabularies
 from selfextend_gguf.tiny import model_file
 from selfextend_gguf.tiny.model_file import LlamaShape, byte_characters, random_tensors, write_llama
+from selfextend_gguf.tool_calls.formats import FORMATS
+from selfextend_gguf.tool_calls.reading import CallReader
 
 COMMAND = str(Path(sys.executable).with_name("sx-gguf"))
 # Special tokens behind the 256 bytes: <s> is 256, and so on.
@@ -497,6 +500,22 @@ def test_control_tokens_around_a_thought_are_seen(write, opened):
         assert chat.messages[-1] == {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}
     elsewhere = llm.create_completion([think], max_tokens=1, logit_bias={think: 1e6})
     assert elsewhere["choices"][0]["text"] == ""
+
+
+def test_control_tokens_around_a_call_are_seen(write, opened):
+    """Mistral's marks are such."""
+    info, llm = opened(write(special=SPECIAL | dict.fromkeys(("[TOOL_CALLS]", "[ARGS]"), gguf.TokenType.CONTROL)))
+    mark = 256 + len(SPECIAL)
+    written = [*of("So."), mark, *of("weather"), mark + 1, *of('{"a": 1}'), END]
+    form = next(form for form in FORMATS if form.name == "Mistral")
+    for spelled, wanted in ((form.marks, [("weather", '{"a": 1}')]), ((), [])):
+        reader = CallReader(form, {"weather": {}})
+        prompt = make_prompt(info, "hi")
+        pieces = stream_completion(llm, prompt, max_tokens=40, spelled=spelled, **forced(*written))
+        parts = [part for piece in pieces for part in reader.feed(piece.text)]
+        parts += reader.finish()
+        assert [(part.name, part.arguments) for part in parts if part.name] == wanted
+        assert "".join(part.text for part in parts) == ("So." if wanted else 'So.weather{"a": 1}')
 
 
 def test_a_vocabulary_that_puts_spaces_before_texts(tmp_path, monkeypatch):

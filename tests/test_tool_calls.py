@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 from served import ARGUMENTS
 
 from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.reasoning import Splitter
 from selfextend_gguf.server.models import ServedModel
 from selfextend_gguf.tool_calls.formats import FORMATS, GENERIC
 from selfextend_gguf.tool_calls.reading import CallReader
@@ -230,6 +232,32 @@ def test_a_text_comes_as_it_is_written():
         reader = CallReader(form, TOOLS)
         told = ["".join(part.text for part in reader.feed(piece)) for piece in ("Look", " here:", " 3 ", "< 4", ".")]
         assert told == ["Look", " here:", " 3", " < 4", "."] or told == ["Look", " here:", " 3", " <", " 4."], form.name
+
+
+@pytest.mark.parametrize("cut", [1, 5, 1000])
+def test_a_call_after_a_thought(cut):
+    """gpt-oss thinks and calls in channels, which share their marks."""
+    output = (
+        "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
+        '<|constrain|>json<|message|>{"city": "Rome"}<|call|>'
+    )
+    splitter, reader = Splitter(), CallReader(BY_NAME["gpt-oss"], TOOLS)
+    split = [part for i in range(0, len(output), cut) for part in splitter.feed(output[i : i + cut])]
+    split += splitter.finish()
+    assert "".join(text for kind, text in split if kind == "thought") == "Hm"
+    parts = [part for kind, text in split if kind == "answer" for part in reader.feed(text)] + list(reader.finish())
+    assert [(part.name, part.arguments) for part in parts if part.name] == [("weather", '{"city": "Rome"}')]
+    assert "".join(part.text for part in parts) == ""
+
+
+def test_a_long_call_takes_no_long_time():
+    """100 kB in 25,000 pieces took half a minute when each piece was looked through."""
+    files = [{"name": f"f{i}", "content": "print('hello')\n" * 5} for i in range(900)]
+    output = f"<tool_call>{json.dumps({'name': 'weather', 'arguments': {'files': files}})}</tool_call>"
+    began = time.process_time()
+    calls, text, _ = read("Hermes", [output[i : i + 4] for i in range(0, len(output), 4)])
+    assert (calls, text) == ([("weather", {"files": files})], "")
+    assert time.process_time() - began < 10
 
 
 def test_one_call_at_most():

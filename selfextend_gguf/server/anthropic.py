@@ -8,12 +8,16 @@ from typing import Any
 
 from pydantic import model_validator
 
-from selfextend_gguf.server.blocks import Block, BlocksForm
+from selfextend_gguf.server.blocks import Block, BlocksForm, check_one_answer
 from selfextend_gguf.server.forms import event
 from selfextend_gguf.server.jobs import Job
 from selfextend_gguf.server.requests import ChatRequest
 
-_REFUSED = {"mcp_servers": "there are none", "container": "there are none"}
+_REFUSED = {
+    "container": "there are none",
+    "logprobs": "use /v1/chat/completions",
+    "mcp_servers": "there are none",
+}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -29,6 +33,7 @@ class MessagesRequest(ChatRequest):
         for name, why in _REFUSED.items():
             if given.pop(name, None):
                 raise ValueError(f"{name} is not supported: {why}")
+        check_one_answer(given)
         system = given.pop("system", None)
         messages = given.get("messages")
         if isinstance(messages, list):

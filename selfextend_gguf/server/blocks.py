@@ -5,11 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from selfextend_gguf.server.answering import Said
 from selfextend_gguf.server.forms import Choice, Form
 from selfextend_gguf.server.jobs import Job
+
+
+def check_one_answer(body: dict[str, Any]) -> None:
+    """Raise ValueError for a body that asks for several answers, which have no place in a row of blocks."""
+    if body.get("n", 1) != 1:
+        raise ValueError("n is not supported: there is one answer")
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from selfextend_gguf.server.blocks import Block, BlocksForm
+from selfextend_gguf.server.blocks import Block, BlocksForm, check_one_answer
 from selfextend_gguf.server.forms import event
 from selfextend_gguf.server.jobs import Job
 from selfextend_gguf.server.requests import ChatRequest
@@ -16,6 +16,7 @@ _STORED = "nothing is kept between requests: send the whole conversation as inpu
 _REFUSED = {
     "background": "answers come at once",
     "conversation": _STORED,
+    "logprobs": "use /v1/chat/completions",
     "previous_response_id": _STORED,
     "prompt": "there are no stored prompts",
     "top_logprobs": "use /v1/chat/completions",
@@ -38,6 +39,7 @@ class ResponsesRequest(ChatRequest):
         for name, why in _REFUSED.items():
             if given.pop(name, None):
                 raise ValueError(f"{name} is not supported: {why}")
+        check_one_answer(given)
         if "input" not in given:
             raise ValueError("input: Field required")
         system = [{"role": "system", "content": given["instructions"]}] if "instructions" in given else []

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_LONGEST_HEAD = 256  # characters from where a call begins to its JSON
+LONGEST_HEAD = 256  #: characters from where a call begins to its JSON
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)
 _NAMES = ("name", "tool_name")  # of a function, in JSON
 _ARGUMENTS = ("arguments", "parameters")
@@ -62,7 +62,7 @@ class Format(ABC):
         """The calls with which a text begins that may go on; None if more must come to know."""
         head = self.head.match(text)
         if head is None:
-            return None if len(text) < _LONGEST_HEAD else NOTHING
+            return None if len(text) < LONGEST_HEAD else NOTHING
         found = self._read(text, head, tools)
         return found if found is None or all(call.name in tools for call in found.calls) else NOTHING
 
@@ -203,7 +203,7 @@ FORMATS: tuple[Format, ...] = (
     ),
     JsonFormat("Granite", _marked("<|tool_call|>"), ("<|tool_call|>",)),
     JsonFormat("Nemotron", _marked("<TOOLCALL>"), ("<TOOLCALL>",), ends=("</TOOLCALL>",)),
-    JsonFormat("Firefunction", _marked("functools"), ("functools[", "functools {")),
+    JsonFormat("Firefunction", _marked("functools"), ("functools[",)),
     JsonFormat("Command R", _marked("<|START_ACTION|>"), ("<|START_ACTION|>",), ends=("<|END_ACTION|>",)),
     JsonFormat(
         "GigaChat",
