@@ -37,7 +37,7 @@ from selfextend_gguf.reference import Reference
 from selfextend_gguf.studies.hostile_texts import TEXTS, sweep, write_vocabularies
 from selfextend_gguf.tiny import model_file
 from selfextend_gguf.tiny.model_file import LlamaShape, byte_characters, random_tensors, write_llama
-from selfextend_gguf.tool_calls.formats import FORMATS
+from selfextend_gguf.tool_calls.families import FORMATS
 from selfextend_gguf.tool_calls.reading import CallReader
 
 COMMAND = str(Path(sys.executable).with_name("sx-gguf"))

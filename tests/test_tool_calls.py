@@ -13,7 +13,7 @@ from served import ARGUMENTS
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.reasoning import Splitter
 from selfextend_gguf.server.models import ServedModel
-from selfextend_gguf.tool_calls.formats import FORMATS, GENERIC
+from selfextend_gguf.tool_calls.families import FORMATS, GENERIC
 from selfextend_gguf.tool_calls.reading import CallReader
 
 TEXT = {"type": "string"}
@@ -159,6 +159,26 @@ OUTPUTS = [
         [ROME],
         "So.",
     ),
+    (
+        "Gemma",
+        'So.<|tool_call>call:weather{city:<|"|>Joppa<|"|>,days:3}<tool_call|><|tool_call>call:get-time{}<tool_call|>',
+        [JOPPA, NOW],
+        "So.",
+    ),
+    (
+        "Gemma",
+        '<|tool_call>call:weather{city:<|"|>a "}\n: {b<|"|>,at:{<|"|>x<|"|>:[1,true]},near:[<|"|>c<|"|>]}<tool_call|>',
+        [("weather", {"city": 'a "}\n: {b', "at": {"x": [1, True]}, "near": ["c"]})],
+        "",
+    ),
+    ("Python", "<|tool_call_start|>[weather(city='Joppa', days=3)]<|tool_call_end|>Done.", [JOPPA], "Done."),
+    (
+        "Python",
+        "<|tool_call_start|>[weather(city=\"it's ]\", at={\"x\": [true, null]}), "
+        "weather(city='Rome')]<|tool_call_end|>",
+        [("weather", {"city": "it's ]", "at": {"x": [True, None]}}), ROME],
+        "",
+    ),
     ("Llama 3", '{"name": "weather", "parameters": {"city": "Rome"}}', [ROME], ""),
     (
         "Llama 3",
@@ -180,11 +200,27 @@ TEXTS = [
     ("Hermes", '<tool_call>\n{"name": "weather", "arguments": {city: Rome}}\n</tool_call>'),
     ("Hermes", '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>'),
     ("Hermes", "a <tool_"),
+    ("Hermes", '<tool_call>{"name": "weather", "arguments": {"city": NaN}}</tool_call>'),
+    ("Hermes", '<tool_call>{"name": "weather", "arguments": {"city": "\\ud800"}}</tool_call>'),
+    ("Hermes", '<tool_call>{"name": "weather", "arguments": "Rome"}</tool_call>'),
+    (
+        "Hermes",
+        '<tool_call>{"name": "weather", "arguments": {"city": ' + "[" * 20_000 + "]" * 20_000 + "}}</tool_call>",
+    ),
     ("Mistral", "[TOOL_CALLS]weather[ARGS]"),
     ("Llama 3", '{"city": "Rome"}\n'),
     ("Llama 3", 'It is {"name": "weather", "parameters": {}}'),  # within a text
     ("Functionary 3.2", "weather is fine"),
     ("function=", "<tool_call>\n<function=weather>\n<parameter=city>\nRome"),
+    ("Gemma", '<|tool_call>call:weather{city:<|"|>Rome'),
+    ("Gemma", "<|tool_call>call:weather{city:Rome}<tool_call|>"),
+    ("Python", "<|tool_call_start|>[weather(city=town)]<|tool_call_end|>"),
+    ("Python", "<|tool_call_start|>[weather(**{})]<|tool_call_end|>"),
+    ("Python", "<|tool_call_start|>[weather('Rome')]<|tool_call_end|>"),
+    ("Python", "<|tool_call_start|>[weather(city={1, 2})]<|tool_call_end|>"),
+    ("Python", "<|tool_call_start|>[weather(city=b'a', days=2j)]<|tool_call_end|>"),
+    ("Python", "<|tool_call_start|>[weather(city=1e999)]<|tool_call_end|>"),
+    ("Python", "<|tool_call_start|>[" + 30_000 * "-" + "1]<|tool_call_end|>"),
     ("JSON", "[1, 2] are numbers"),
     ("JSON", "  \n"),
     ("JSON", "```python\nprint(1)\n```"),

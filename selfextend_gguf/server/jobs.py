@@ -25,7 +25,7 @@ from selfextend_gguf.server.models import ServedModel
 from selfextend_gguf.server.requests import ChatRequest, CompletionRequest, Request
 from selfextend_gguf.templates import check_variables
 from selfextend_gguf.tokenizer import restore
-from selfextend_gguf.tool_calls.formats import GENERIC
+from selfextend_gguf.tool_calls.families import GENERIC
 from selfextend_gguf.tool_calls.reading import ArgumentsReader, CallReader, Reader, TextReader
 
 

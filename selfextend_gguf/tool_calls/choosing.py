@@ -7,7 +7,8 @@ from itertools import takewhile
 from typing import Any
 
 from selfextend_gguf.errors import TemplateError
-from selfextend_gguf.tool_calls.formats import FORMATS, GENERIC, Format
+from selfextend_gguf.tool_calls.families import FORMATS, GENERIC
+from selfextend_gguf.tool_calls.formats import Format
 from selfextend_gguf.tool_calls.reading import CallReader
 
 _NAME = "look_up"
@@ -36,7 +37,7 @@ def format_of(render: Callable[[list[dict[str, Any]], list[dict[str, Any]]], str
     with_header = called[called.rfind(_QUESTION["content"]) :]
     form = next((form for form in FORMATS if _reads(form, written) or _reads(form, with_header)), None)
     if form is None and _NAME not in written:  # calls of earlier turns are left out; the prompt may say how to call
-        return next((form for form in FORMATS if any(mark in asked for mark in form.begins)), GENERIC)
+        return next((form for form in FORMATS if any(sign in asked for sign in (*form.begins, *form.signs))), GENERIC)
     return form
 
 

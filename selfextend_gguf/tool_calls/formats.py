@@ -1,19 +1,19 @@
-"""The formats in which families of models write calls of tools: a table, and what reads a call by it.
+"""Kinds of formats in which models write calls of tools. `families.py` has the formats themselves.
 
-A family of models is a line of FORMATS. A call is what names a tool of the request: anything else is text.
+A call is what names a tool of the request: anything else is text.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-LONGEST_HEAD = 256  #: characters from where a call begins to its JSON
-_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)
+_LONGEST_HEAD = 256  # characters from where a call begins to its JSON
 _NAMES = ("name", "tool_name")  # of a function, in JSON
 _ARGUMENTS = ("arguments", "parameters")
 
@@ -52,6 +52,7 @@ class Format(ABC):
     ends: tuple[str, ...] = ()  #: marks after a call
     before_text: tuple[str, ...] = ()  #: marks at the start of an answer, and after calls
     inner: tuple[str, ...] = ()  #: marks within a call
+    signs: tuple[str, ...] = ()  #: texts of prompts for models that write so
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -62,29 +63,85 @@ class Format(ABC):
         """The calls with which a text begins that may go on; None if more must come to know."""
         head = self.head.match(text)
         if head is None:
-            return None if len(text) < LONGEST_HEAD else NOTHING
-        found = self._read(text, head, tools)
+            return None if len(text) < _LONGEST_HEAD else NOTHING
+        try:
+            found = self._read(text, head, tools)
+        except (
+            ValueError,
+            TypeError,
+            SyntaxError,
+            RecursionError,
+            MemoryError,
+        ):  # all that parsing what is none raises
+            return NOTHING
         return found if found is None or all(call.name in tools for call in found.calls) else NOTHING
 
     @abstractmethod
     def _read(self, text: str, head: re.Match[str], tools: Tools) -> Found | None:
-        """The same, after the head."""
+        """The same, after the head. Raises ValueError for what is no call."""
+
+
+def _brackets(*strings: str) -> re.Pattern[str]:
+    """Brackets and, before them, strings: of a text, those that are no part of a string."""
+    return re.compile("|".join([*strings, r"[{}\[\]]"]), re.DOTALL)
+
+
+_STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 
 
 class JsonFormat(Format):
     """Arguments, or whole calls, are JSON."""
 
+    quotes: ClassVar[tuple[str, ...]] = ('"',)  #: around strings
+    brackets = _brackets(_STRING, '"')  #: and strings
+
     def _read(self, text: str, head: re.Match[str], tools: Tools) -> Found | None:
-        end = _end_of_json(text, head.end())
+        end = self._end(text, head.end())
         if end is None:
             return None
-        try:
-            value = json.loads(text[head.end() : end], strict=False)  # models break lines in strings
-        except (ValueError, RecursionError):
-            return NOTHING
+        value = self._value(text[head.end() : end])
         if name := head.groupdict().get("name"):
             value = {"name": name, "arguments": value}
         return Found(tuple(_calls_in(value)), end)
+
+    def _end(self, text: str, start: int) -> int | None:
+        """Where an object or a list ends that begins at `start`; None if it does not."""
+        depth = 0
+        for found in self.brackets.finditer(text, start):
+            if found[0] in self.quotes:
+                return None  # a string that has not ended
+            depth += (found[0] in ("{", "[")) - (found[0] in ("}", "]"))
+            if depth == 0:
+                return found.end()
+        return None
+
+    def _value(self, written: str) -> Any:
+        """The value of what is written. Raises ValueError."""
+        return _json(written)
+
+
+class GemmaFormat(JsonFormat):
+    """Gemma's notation: names of properties are bare, and strings have marks of their own."""
+
+    quotes = ('<|"|>',)
+    brackets = _brackets(r'<\|"\|>.*?<\|"\|>', r'<\|"\|>')
+
+    def _value(self, written: str) -> Any:
+        parts = written.split(self.quotes[0])  # strings are between every other two
+        parts[::2] = [re.sub(r"([{,]\s*)([^\s{}\[\],:]+)\s*:", r'\1"\2":', part) for part in parts[::2]]
+        parts[1::2] = [json.dumps(part) for part in parts[1::2]]
+        return _json("".join(parts))
+
+
+class PythonFormat(JsonFormat):
+    """A list of calls in Python."""
+
+    quotes = ("'", '"')
+    brackets = _brackets(_STRING, _STRING.replace('"', "'"), '"', "'")
+
+    def _value(self, written: str) -> Any:
+        calls = ast.parse(written, mode="eval").body
+        return [_python_call(call) for call in calls.elts] if isinstance(calls, ast.List) else []
 
 
 @dataclass(frozen=True)
@@ -100,7 +157,7 @@ class TaggedFormat(Format):
             arguments[argument["key"]] = _typed(argument["value"], tools.get(name, {}), argument["key"])
             at = argument.end()
         end = self.end.match(text, at)
-        return end and Found((Call(name, json.dumps(arguments, ensure_ascii=False)),), end.end())
+        return end and Found((_call(name, arguments),), end.end())
 
 
 def _typed(value: str, schema: Mapping[str, Any], key: str) -> Any:
@@ -110,21 +167,42 @@ def _typed(value: str, schema: Mapping[str, Any], key: str) -> Any:
     if isinstance(wanted, dict) and wanted.get("type") == "string":
         return value
     try:
-        return json.loads(value)
+        return _json(value)
     except (ValueError, RecursionError):
         return value
 
 
-def _end_of_json(text: str, start: int) -> int | None:
-    """Where an object or a list ends that begins at `start`; None if it does not."""
-    depth = 0
-    for found in _BRACKETS.finditer(text, start):
-        if found[0] == '"':
-            return None  # a string that has not ended
-        depth += (found[0] in "{[") - (found[0] in "}]")
-        if depth == 0:
-            return found.end()
-    return None
+def _json(text: str) -> Any:
+    """A JSON value. Raises ValueError."""
+    return json.loads(text, strict=False, parse_constant=_no_number)  # models break lines in strings
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
+
+
+def _call(name: str, arguments: dict[str, Any]) -> Call:
+    """A call. Raises ValueError or TypeError for arguments that JSON or UTF-8 cannot express."""
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    text.encode()  # halves of characters
+    return Call(name, text)
+
+
+class _Words(ast.NodeTransformer):
+    """JSON's words among Python's values."""
+
+    words: ClassVar[dict[str, bool | None]] = {"true": True, "false": False, "null": None}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(self.words[node.id]) if node.id in self.words else node
+
+
+def _python_call(call: ast.expr) -> dict[str, Any]:
+    """A call in Python. Raises ValueError for one whose arguments have no names, or are no values."""
+    if not isinstance(call, ast.Call) or call.args or any(argument.arg is None for argument in call.keywords):
+        raise ValueError("no call of a tool")
+    arguments = {argument.arg: ast.literal_eval(_Words().visit(argument.value)) for argument in call.keywords}
+    return {"name": ast.unparse(call.func), "arguments": arguments}
 
 
 def _calls_in(value: Any) -> list[Call]:
@@ -140,138 +218,7 @@ def _calls_in(value: Any) -> list[Call]:
     name = next((value[key] for key in _NAMES if key in value), None)
     arguments = next((value[key] for key in _ARGUMENTS if key in value), None)
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return []
+        arguments = _json(arguments)
     if not isinstance(name, str) or not isinstance(arguments or {}, dict):
         return []
-    return [Call(name, json.dumps(arguments or {}, ensure_ascii=False))]
-
-
-def _marked(begin: str) -> re.Pattern[str]:
-    """A head that is a mark before JSON; calls after the first may do without."""
-    return re.compile(rf"(?:{re.escape(begin)})?\s*(?=\{{|\[\s*\{{)")
-
-
-_JSON = ("{", "[")
-
-# The first that reads what a template makes of a call is its format, so that those without marks come last.
-FORMATS: tuple[Format, ...] = (
-    JsonFormat("Hermes", _marked("<tool_call>"), ("<tool_call>",), more=_JSON, ends=("</tool_call>",)),
-    JsonFormat("tool_calls", _marked("<tool_calls>"), ("<tool_calls>",), more=_JSON, ends=("</tool_calls>",)),
-    JsonFormat(
-        "Mistral",
-        re.compile(
-            r"\[TOOL_CALLS\]\s*(?:(?P<name>[\w.-]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)|(?=\{|\[\s*\{))",
-        ),
-        ("[TOOL_CALLS]",),
-        inner=("[CALL_ID]", "[ARGS]"),
-    ),
-    JsonFormat(
-        "Functionary 3.1",
-        re.compile(r"<function=(?P<name>[\w.-]+)>\s*(?=\{)"),
-        ("<function=NAME>",),
-        ends=("</function>",),
-    ),
-    JsonFormat(
-        "Functionary 3.2",
-        re.compile(r"(?:>>>)?(?P<name>[\w.-]+)\n\s*(?=\{)"),
-        (">>>NAME\n",),
-        bare=("NAME\n",),
-        before_text=("all\n", ">>>all\n"),
-    ),
-    JsonFormat(
-        "DeepSeek",
-        re.compile(
-            r"(?:<｜tool▁calls▁begin｜>)?\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[\w.-]+)"
-            r"(?:<｜tool▁sep｜>|\s*```json)\s*(?=\{)"
-        ),
-        ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
-        ends=("```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
-        inner=("<｜tool▁sep｜>",),
-    ),
-    JsonFormat(
-        "Kimi",
-        re.compile(
-            r"(?:<\|tool_calls_section_begin\|>)?\s*<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]+)(?::\d+)?"
-            r"\s*<\|tool_call_argument_begin\|>\s*(?=\{)"
-        ),
-        ("<|tool_calls_section_begin|>", "<|tool_call_begin|>"),
-        ends=("<|tool_call_end|>", "<|tool_calls_section_end|>"),
-        inner=("<|tool_call_argument_begin|>",),
-    ),
-    JsonFormat("Granite", _marked("<|tool_call|>"), ("<|tool_call|>",)),
-    JsonFormat("Nemotron", _marked("<TOOLCALL>"), ("<TOOLCALL>",), ends=("</TOOLCALL>",)),
-    JsonFormat("Firefunction", _marked("functools"), ("functools[",)),
-    JsonFormat("Command R", _marked("<|START_ACTION|>"), ("<|START_ACTION|>",), ends=("<|END_ACTION|>",)),
-    JsonFormat(
-        "GigaChat",
-        re.compile(r"(?:<\|function_call\|>|<\|message_sep\|>\s*function call<\|role_sep\|>)\s*(?=\{)"),
-        ("<|function_call|>", "<|message_sep|>\n\nfunction call"),
-        ends=("<|message_sep|>",),
-        inner=("<|role_sep|>",),
-    ),
-    JsonFormat(
-        "Solar",
-        re.compile(
-            r"(?:<\|tool_calls\|>)?\s*<\|tool_call:begin\|>[^<]*<\|tool_call:name\|>(?P<name>[\w.-]+)"
-            r"<\|tool_call:args\|>\s*(?=\{)"
-        ),
-        ("<|tool_calls|>", "<|tool_call:begin|>"),
-        ends=("<|tool_call:end|>", "<|calls|>"),
-        inner=("<|tool_call:name|>", "<|tool_call:args|>"),
-    ),
-    JsonFormat(
-        "gpt-oss",
-        re.compile(
-            r"(?:<\|start\|>assistant)?\s*(?:<\|channel\|>\w+)?\s*to=functions\.(?P<name>[\w.-]+)[^{}]*<\|message\|>"
-            r"\s*(?=\{)"
-        ),
-        ("<|start|>assistant", "<|channel|>commentary", "to=functions.NAME"),
-        ends=("<|call|>", "<|end|>"),
-        inner=("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>"),
-    ),
-    TaggedFormat(
-        "function=",
-        re.compile(r"(?:<(?:seed:)?tool_call>)?\s*<function=(?P<name>[\w.-]+)>"),
-        ("<tool_call>", "<seed:tool_call>", "<function=NAME>"),
-        ends=("</tool_call>", "</seed:tool_call>"),
-        argument=re.compile(r"\s*<parameter=(?P<key>[^>]+)>\n?(?P<value>.*?)\n?</parameter>", re.DOTALL),
-        end=re.compile(r"\s*</function>"),
-    ),
-    TaggedFormat(
-        "arg_key",
-        re.compile(r"<tool_call>\s*(?P<name>[\w.-]+)"),
-        ("<tool_call>",),
-        argument=re.compile(r"\s*<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>", re.DOTALL),
-        end=re.compile(r"\s*</tool_call>"),
-        inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "</tool_call>"),
-    ),
-    TaggedFormat(
-        "invoke",
-        re.compile(
-            r"(?:<(?:minimax:tool_call|｜DSML｜(?:function|tool)_calls)>)?\s*"
-            r"<(?:｜DSML｜)?invoke name=\"(?P<name>[\w.-]+)\">"
-        ),
-        ("<minimax:tool_call>", "<｜DSML｜function_calls>", "<｜DSML｜tool_calls>"),
-        more=("<invoke", "<｜DSML｜invoke"),
-        ends=(
-            "</minimax:tool_call>",
-            "</｜DSML｜function_calls>",
-            "</｜DSML｜tool_calls>",
-        ),
-        argument=re.compile(
-            r"\s*<(?:｜DSML｜)?parameter name=\"(?P<key>[^\"]+)\"[^>]*>(?P<value>.*?)</(?:｜DSML｜)?parameter>",
-            re.DOTALL,
-        ),
-        end=re.compile(r"\s*</(?:｜DSML｜)?invoke>"),
-        inner=("｜DSML｜",),
-    ),
-    JsonFormat("Llama 3", _marked("<|python_tag|>"), ("<|python_tag|>",), bare=_JSON, ends=(";", "<|eom_id|>")),
-)
-
-# Of templates that say nothing of calls.
-GENERIC: Format = JsonFormat(
-    "JSON", re.compile(r"(?:```(?:json)?)?\s*(?=\{|\[\s*\{)"), bare=("```json", *_JSON), ends=("```",)
-)
+    return [_call(name, arguments or {})]

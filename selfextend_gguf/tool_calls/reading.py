@@ -6,9 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from selfextend_gguf.tool_calls.formats import LONGEST_HEAD, NOTHING, Format, Found, Tools
-
-_CLOSING = frozenset("}]>")
+from selfextend_gguf.tool_calls.formats import NOTHING, Format, Found, Tools
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,13 @@ class CallReader:
         self._dropped = form.before_text  # marks that are no text
         self._held = ""
         self._is_in_text = False
-        self._is_in_call = False  # or in what looks like one
+        self._worth_a_look = 0  # characters
         self._has_called = False
 
     def feed(self, piece: str) -> Iterator[Part]:
         """Parts that are known when `piece` has come."""
         self._held += piece
-        # A long call is not looked through again with each of its tokens, but where it may end.
-        if not self._is_in_call or len(self._held) < 2 * LONGEST_HEAD or not _CLOSING.isdisjoint(piece):
+        if len(self._held) >= self._worth_a_look:
             yield from self._parts(is_last=False)
 
     def finish(self) -> Iterator[Part]:
@@ -133,7 +130,8 @@ class CallReader:
     def _call(self, at: int, begin: str, is_last: bool) -> Iterator[Part]:
         """What stands where a call seems to begin."""
         found: Found | None = self._form.read(self._held[at:], self._tools)
-        self._is_in_call = found is None
+        # A long call is not looked through again with each of its tokens, but when it has grown by a 64th.
+        self._worth_a_look = len(self._held) * 65 // 64 if found is None else 0
         if found is None and not is_last:
             return
         found = found or NOTHING
