@@ -74,6 +74,23 @@ def test_calls_and_their_results(served):
     assert text(served(TEXT_TEMPLATE), messages) == 'weather{"city": "Rome"}'
 
 
+def test_templates_that_want_identifiers_of_nine_letters(served):
+    """Mistral's. A call and its result keep theirs in common."""
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [m] if c.id or c.tool_call_id %}"
+        "{% set id = c.id or c.tool_call_id %}{% if id | length != 9 %}{{ raise_exception('nine letters') }}{% endif %}"
+        "{{ id }},{% endfor %}{% endfor %}"
+    )
+    messages = [USER, {"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "call_2"}]}]
+    messages += [{"role": "tool", "content": "22", "tool_call_id": name} for name in ("call_1", "call_2")]
+    first, second, *results, rest = text(served(template), messages).split(",")
+    assert (results, rest) == ([first, second], "")
+    assert first.isalnum()
+    assert first != second
+    kept = [{**message, "tool_call_id": "abcdefghi"} for message in messages[2:3]]
+    assert text(served(template), kept) == "abcdefghi,"
+
+
 def test_arguments_that_are_no_json_stay_texts(served):
     call = {**CALL, "function": {"name": "weather", "arguments": "Rome"}}
     assert '(weather "Rome")' in text(served(), [USER, {"role": "assistant", "tool_calls": [call]}, USER])

@@ -74,6 +74,13 @@ def test_one_call_ends_the_answer_if_so_asked(client, model_says):
     assert last.choices[0].finish_reason == "tool_calls"
 
 
+def test_each_answer_has_its_own_calls(client, model_says):
+    model_says(CALLS)
+    choices = client.chat.completions.create(**ASKED, n=2).choices
+    assert [functions(choice.message) for choice in choices] == 2 * [[("weather", {"city": "Rome"}), ("now", {})]]
+    assert len({call.id for choice in choices for call in choice.message.tool_calls}) == 4
+
+
 def test_text_streams_as_text(client, model_says):
     model_says("It is 3 < 4, <b>")
     chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ASKED, stream=True, tool_choice="auto")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -14,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from selfextend_gguf.server.access import Cors, KeyChecker, LocalGuard
-from selfextend_gguf.server.answering import KEEP_ALIVE, Read, Said, begin
+from selfextend_gguf.server.answering import Read, Said, begin
 from selfextend_gguf.server.anthropic import MessagesForm, MessagesRequest
 from selfextend_gguf.server.errors import ErrorReporter, error_response
 from selfextend_gguf.server.fields import FieldChecker
@@ -47,14 +46,12 @@ async def as_events(form: Form, happened: AsyncIterator[Read | Said | None]) -> 
     """What happens, as server-sent events."""
     for event in form.begin():
         yield event
-    last = time.monotonic()
     async for what in happened:
-        events = list(form.tell(what) if isinstance(what, Said) else form.progress(what) if what else ())
-        if not events and (what is None or time.monotonic() > last + KEEP_ALIVE):  # a call is told when it is whole
-            events = [": still here\n\n"]  # a comment, for proxies and clients that take silence for an end
-        for event in events:
-            yield event
-            last = time.monotonic()
+        if what is None:
+            yield ": still here\n\n"  # a comment, for proxies and clients that take silence for an end
+        else:
+            for event in form.tell(what) if isinstance(what, Said) else form.progress(what):
+                yield event
     for event in form.end():
         yield event
 
