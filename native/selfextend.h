@@ -217,6 +217,12 @@ SX_API int32_t sx_tokenize(
         const struct llama_vocab * vocab, const char * text, int32_t n_text, bool add_special, bool parse_special,
         int64_t n_stack, int32_t * tokens, int32_t n_max, int32_t * n_tokens);
 
+/*
+ * From on to off, on the thread that calls, what llama.cpp asserts while it loads a model or makes a context is an error
+ * that it logs, and NULL is returned, instead of the end of the process.
+ */
+SX_API void sx_aborts_throw(bool on);
+
 // Number of tokens with a text of their own beside the vocabulary of words (control, unknown, user-defined), of which
 // the first n_max are written to tokens, in ascending order.
 SX_API int32_t sx_special_tokens(const struct llama_vocab * vocab, int32_t * tokens, int32_t n_max);

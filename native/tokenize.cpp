@@ -6,55 +6,14 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 
+#include "aborts.h"
 #include "error.h"
 #include "selfextend.h"
 
 namespace {
-
-// ---- assertions become exceptions ------------------------------------------------------------------------------
-
-thread_local bool is_tokenizing = false;
-
-// ggml_abort calls this and then abort(), so that an exception is the only way back.
-void on_abort(const char * message) {
-    if (is_tokenizing) {
-        const char * reason = strstr(message, ": ");  // after file and line
-        throw std::runtime_error(reason ? reason + 2 : message);
-    }
-    fprintf(stderr, "%s\n", message);  // as ggml_abort does without a callback, but for the backtrace
-}
-
-// Installs the callback while at least one thread tokenizes.
-class abort_watch {
-  public:
-    abort_watch() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (n_threads++ == 0) {
-            previous = ggml_set_abort_callback(on_abort);
-        }
-        is_tokenizing = true;
-    }
-    ~abort_watch() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        is_tokenizing = false;
-        if (--n_threads == 0) {
-            ggml_set_abort_callback(previous);
-        }
-    }
-
-  private:
-    static std::mutex mutex;
-    static int n_threads;
-    static ggml_abort_callback_t previous;
-};
-
-std::mutex abort_watch::mutex;
-int abort_watch::n_threads                  = 0;
-ggml_abort_callback_t abort_watch::previous = nullptr;
 
 // ---- one call ----------------------------------------------------------------------------------------------------
 
@@ -73,7 +32,7 @@ struct call {
 
     void run() noexcept {
         try {
-            const abort_watch watch;
+            const sx::abort_watch watch;
             n_tokens = llama_tokenize(vocab, text, n_text, tokens, n_max, add_special, parse_special);
             status   = n_tokens == INT32_MIN ? fail(SX_ERR_TEXT, "it has 2^31 tokens or more") : int32_t(SX_OK);
         } catch (const std::bad_alloc &) {

@@ -203,6 +203,8 @@ _declare(
 _declare("sx_special_tokens", [ctypes.c_void_p, _int32_p, ctypes.c_int32], ctypes.c_int32)
 # int32_t sx_interrupt_watch(struct llama_context *);
 _declare("sx_interrupt_watch", [ctypes.c_void_p], ctypes.c_int32)
+# void sx_aborts_throw(bool on);
+_declare("sx_aborts_throw", [ctypes.c_bool], None)
 # void sx_log_silence(void);
 _declare("sx_log_silence", [], None)
 # void sx_log_note_errors(bool on);
@@ -327,8 +329,10 @@ def restore_log() -> None:
 
 
 def note_log_errors(on: bool) -> None:
-    """From on to off, the first error that llama.cpp logs is what `last_error` returns."""
+    """From on to off, the first error that llama.cpp logs is what `last_error` returns. What it asserts while this
+    thread loads a model or makes a context is such an error too, which would end the process."""
     _LIB.sx_log_note_errors(on)
+    _LIB.sx_aborts_throw(on)
 
 
 def last_error() -> str:

@@ -22,6 +22,7 @@ from selfextend_gguf.stores.files import SplitName
 from selfextend_gguf.tokenizer import Tokenizer
 
 _MAGIC = b"GGUF"
+_MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
 Number = TypeVar("Number", int, float)
 Opened = TypeVar("Opened", bound="ModelHeader")
 
@@ -138,6 +139,8 @@ class ModelHeader:
             raise ModelFileError(f"{path} is damaged: its metadata is no UTF-8") from error
         self.architecture = self.metadata.get("general.architecture", "unknown")
         self._check_epsilons()
+        if self.n_layers > _MOST_LAYERS:  # where llama.cpp ends the process, after some hours
+            raise ModelFileError(f"{self.path} has {self.n_layers} layers; llama.cpp knows {_MOST_LAYERS} at most")
 
     def _check_epsilons(self) -> None:
         """llama.cpp ends the process where it first divides by the root of something negative."""

@@ -41,6 +41,7 @@ from selfextend_gguf.errors import (
     ContextFullError,
     EngineError,
     GrammarError,
+    ModelFileError,
     NotEnoughMemoryError,
     SelfExtendError,
     UnknownArgumentError,
@@ -136,6 +137,8 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
             )
         except SelfExtendError:
             raise
+        except UnicodeDecodeError as error:  # llama_cpp looks at some tokens
+            raise ModelFileError(f"{model_path} is damaged: its vocabulary is no UTF-8") from error
         except ValueError as error:
             if hasattr(self, "_ctx"):
                 raise
