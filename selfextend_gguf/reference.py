@@ -74,7 +74,8 @@ class Reference:
     def rotate(self, x: Array, positions: npt.ArrayLike) -> Array:
         """RoPE of x (n, heads, head_dim) at `positions`, (n,) or for each frequency (n, head_dim / 2), fast ones first:
         pairs (2i, 2i+1) for llama, (i, i + half) for qwen2."""
-        angle = np.asarray(positions, np.float64).reshape(len(x), 1, -1) * self.frequency
+        positions = np.asarray(positions, np.float64)
+        angle = positions.reshape(len(x), 1, *positions.shape[1:] or (1,)) * self.frequency
         cos, sin = np.cos(angle), np.sin(angle)
         half = self.head_dim // 2
         out = np.empty_like(x)

@@ -82,7 +82,7 @@ def published(folder: Path) -> str:
             name, rewritten = family.tried.split(": ")
             path = folder / f"{name}.gguf"
             said = CliRunner().invoke(main, ["info", str(path)], catch_exceptions=False).stdout
-            rows = [line for line in said.splitlines() if not line.startswith(("Model", "Sensible context"))]
+            rows = [line for line in said.splitlines() if not line.startswith(("Model", "Sensible context", "Devices"))]
             assert any(line.startswith("Rewritten layers") and line.endswith(f" {rewritten}") for line in rows), name
             parts.append("\n".join([f"{name}:", "", "```", *rows, "```"]))
     return "\n\n".join(parts) + "\n"

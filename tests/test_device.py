@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import cache
@@ -147,4 +148,4 @@ def test_the_command_line_uses_servers(model, request):
 
 def run_sx(*arguments: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", "from selfextend_gguf.cli import main; main()"]
-    return subprocess.run([*program, *arguments], capture_output=True, text=True, check=True)
+    return subprocess.run([*program, *arguments], capture_output=True, text=True, check=True, cwd=tempfile.gettempdir())

@@ -134,7 +134,9 @@ def test_interrupted_on_a_terminal(hub: Hub, cache: Path) -> None:
     )
     arguments = ["-c", program, "info", "hf:ann/tiny"]
     hub.holds = Event()
-    spawn = partial(pexpect.spawn, sys.executable, arguments, encoding="utf-8", timeout=60, dimensions=(24, 100))
+    spawn = partial(
+        pexpect.spawn, sys.executable, arguments, encoding="utf-8", timeout=60, dimensions=(24, 100), cwd=cache.parent
+    )
     terminal = spawn()
     terminal.expect(r"tiny-Q4_K_M\.gguf: +\d+%.*B/s")
     while not any(file.stat().st_size for file in cache.glob("**/*.incomplete")):

@@ -15,6 +15,7 @@ from selfextend_gguf.cli import main
 from selfextend_gguf.errors import TemplateError
 from selfextend_gguf.models import TINY_MODEL
 from selfextend_gguf.planning import PARAMETERS
+from selfextend_gguf.server.jobs import chat_job
 from selfextend_gguf.server.models import ServedModel
 from selfextend_gguf.server.requests import ChatRequest
 from selfextend_gguf.templates import ChatTemplate
@@ -250,7 +251,7 @@ def test_a_template_from_a_file_on_a_server(other):
         TINY_MODEL, "a", 256, arguments, lambda: None, chat_template=OTHER, template_variables={"name": "Max"}
     )
     body = ChatRequest(messages=[{"role": "user", "content": "hello"}])
-    assert len(body.tokens(served)) == len("Max asks: hello|")
+    assert len(chat_job(body, served).prompts[0].tokens) == len("Max asks: hello|")
     served.info.close()
 
 
