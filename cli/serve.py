@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-import psutil
 
+from selfextend_gguf.machine_memory import memory
 from selfextend_gguf.stores import is_name, model_path
 
 from .options import (
@@ -132,7 +132,7 @@ def serve(
 
     def keep() -> KeptPrompts:
         # Called when a model is loaded: a quarter of what it leaves.
-        n_bytes = psutil.virtual_memory().available // 4 if cache_ram is None else cache_ram * 2**20
+        n_bytes = memory().available // 4 if cache_ram is None else cache_ram * 2**20
         return KeptPrompts(n_bytes, folder, read_only=read_only)
 
     paths = [model_path(model, offline=click.get_current_context().meta[OFFLINE]) for model in models]

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from selfextend_gguf.adapters import adapters_of
 from selfextend_gguf.devices import placement
 from selfextend_gguf.errors import MemoryTightWarning, NotEnoughMemoryError
 from selfextend_gguf.kv_cache import KV_TYPES, kv_cache_bytes, per_layer
+from selfextend_gguf.machine_memory import memory
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import CELL_MULTIPLE, whole_cells
 from selfextend_gguf.stores.files import parts_of
@@ -124,7 +123,7 @@ def demand_of(info: ModelInfo, n_ctx: int, n_batch: int, *, flash_attn: bool | N
 
 def check_allocation(n_bytes: int, what: str) -> None:
     """Raise NotEnoughMemoryError where the system would end the process once the memory is used."""
-    available = psutil.virtual_memory().available
+    available = memory().available
     if n_bytes > available:
         raise NotEnoughMemoryError(f"{what} takes {gib(n_bytes)} of memory, {gib(available)} are available")
 
@@ -150,16 +149,16 @@ def check_memory(demand: Demand) -> None:
 
 
 def _check_memory(demand: Demand) -> None:
-    memory = psutil.virtual_memory()
+    machine = memory()
     if not _fits(demand):
         raise NotEnoughMemoryError(
-            f"{demand}, {gib(memory.available)} of {gib(memory.total)} of memory are available: "
+            f"{demand}, {gib(machine.available)} of {gib(machine.total)} of memory are available: "
             f"{_advice(demand, _fits)}",
             largest_fitting(demand, _fits) or None,
         )
     if not _fits_easily(demand):
         warnings.warn(
-            f"{demand}, {gib(memory.available)} of memory are available: weights will be read from disk again and "
+            f"{demand}, {gib(machine.available)} of memory are available: weights will be read from disk again and "
             f"again, which is slow; {_advice(demand, _fits_easily)}",
             MemoryTightWarning,
             stacklevel=5,
@@ -167,13 +166,13 @@ def _check_memory(demand: Demand) -> None:
 
 
 def _fits(demand: Demand) -> bool:
-    memory = psutil.virtual_memory()
+    machine = memory()
     needed_now = demand.allocated_beside if demand.is_mapped else demand.total
-    return needed_now <= memory.available and demand.total <= memory.total
+    return needed_now <= machine.available and demand.total <= machine.total
 
 
 def _fits_easily(demand: Demand) -> bool:
-    return demand.total <= psutil.virtual_memory().available
+    return demand.total <= memory().available
 
 
 def largest_fitting(demand: Demand, fits: Callable[[Demand], bool] = _fits_easily) -> int:

@@ -19,7 +19,6 @@ from typing import Any
 
 import llama_cpp
 import llama_cpp._internals as internals
-import psutil
 from llama_cpp.llama_chat_format import (
     ChatFormatter,
     ChatFormatterResponse,
@@ -30,6 +29,7 @@ from llama_cpp.llama_tokenizer import BaseLlamaTokenizer
 
 from selfextend_gguf import _native
 from selfextend_gguf.errors import TextError
+from selfextend_gguf.machine_memory import memory
 
 # llama.cpp's pre-tokenizers recurse for each character of a match, which takes 320 bytes of stack (gcc 12, x86-64).
 _STACK_PER_BYTE = 1024
@@ -262,7 +262,7 @@ class Tokenizer(BaseLlamaTokenizer):
         longest = _native.longest_match(text)
         if longest <= _SHORT_MATCH:
             return 0
-        n_stack, available = _STACK_BESIDE + longest * _STACK_PER_BYTE, psutil.virtual_memory().available
+        n_stack, available = _STACK_BESIDE + longest * _STACK_PER_BYTE, memory().available
         if n_stack > available:
             raise TextError(
                 f"the text has up to {longest} bytes without a break; splitting them into words may take "

@@ -13,7 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each floor may import those below it, and files of its own floor in one direction. A folder stands for its files.
 FLOORS = [
-    ["errors", "atomic_file", "models", "drafting", "reasoning", "programs", "pages", "document_worker"],
+    [
+        "errors",
+        "atomic_file",
+        "models",
+        "drafting",
+        "reasoning",
+        "programs",
+        "pages",
+        "document_worker",
+        "machine_memory",
+    ],
     ["checks", "turns", "stores"],
     ["devices"],
     ["tiny", "schedule", "documents"],

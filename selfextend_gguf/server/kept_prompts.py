@@ -19,12 +19,12 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from selfextend_gguf._native import schedule_positions, schedule_step
 from selfextend_gguf.atomic_file import remove_abandoned
 from selfextend_gguf.errors import NotEnoughMemoryError, PromptCacheError
 from selfextend_gguf.llama import Llama
+from selfextend_gguf.machine_memory import memory
 from selfextend_gguf.prompt_cache import CopiedPrompt, SavedPrompt, read_prompt_header
 from selfextend_gguf.schedule import SelfExtendConfig
 
@@ -138,7 +138,7 @@ class KeptPrompts:
 
     def _has_room(self, n_bytes: int) -> bool:
         # The capacity is a wish: whoever else takes memory meanwhile does not ask us.
-        return self.n_bytes + n_bytes <= self._capacity and n_bytes <= psutil.virtual_memory().available // 2
+        return self.n_bytes + n_bytes <= self._capacity and n_bytes <= memory().available // 2
 
     def set_aside(self, llm: Llama) -> Kept | None:
         """A copy of the running text, whose place another one takes; None where there is no room for it."""
