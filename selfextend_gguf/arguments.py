@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,10 +24,12 @@ from selfextend_gguf.checks import (
     whole_number,
 )
 from selfextend_gguf.devices import chosen
-from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.errors import ConfigError, IgnoredArgumentWarning
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.schedule import LONGEST
 
+#: Of older versions of `llama_cpp.Llama`, which takes anything now and ignores it.
+_LEGACY = {"f16_kv", "low_vram", "mul_mat_q", "n_gqa", "n_parts", "rms_norm_eps"}
 _INT32 = 2**31 - 1
 _MOST_THREADS = 512  # GGML_MAX_N_THREADS
 _LONGEST_OVERRIDE = 127  # bytes of a key or a text, with its end 128
@@ -160,5 +163,10 @@ CHECKS: dict[str, Check] = {
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `llama_cpp.Llama` as it can take them. Raises ConfigError, UnknownArgumentError."""
-    return check_all(CHECKS, arguments)
+    """Arguments of `llama_cpp.Llama` as it can take them. Raises ConfigError, UnknownArgumentError.
+
+    Those that older versions had, and programs still give, are left out, with IgnoredArgumentWarning."""
+    legacy = sorted(_LEGACY & arguments.keys())
+    if legacy:
+        warnings.warn(f"llama.cpp has no {', '.join(legacy)} any more: ignored", IgnoredArgumentWarning, stacklevel=4)
+    return check_all(CHECKS, {name: value for name, value in arguments.items() if name not in _LEGACY})

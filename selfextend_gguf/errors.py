@@ -115,5 +115,9 @@ class MemoryTightWarning(UserWarning):
     """A model that the system will have to read from disk again and again while it runs."""
 
 
+class IgnoredArgumentWarning(UserWarning):
+    """An argument that older versions of llama-cpp-python had is ignored."""
+
+
 class NotReachedWarning(UserWarning):
     """A model is taken from a cache, since the server that may have a newer one was not reached."""

@@ -441,7 +441,7 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
     def reset(self) -> None:
         """Forget the text."""
         _ = self.ctx  # raises ClosedError, where it would be too late later
-        llama_cpp.Llama.reset(self)
+        super().reset()  # type: ignore[no-untyped-call]
         self._n_held = 0
         self.note_change()
 

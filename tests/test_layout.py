@@ -34,6 +34,7 @@ FLOORS = [
     ["memory", "prompt", "adapters"],
     ["safe_llama"],
     ["examine", "llama", "catalogue"],
+    ["integrations"],
     ["generate", "conversation"],
     ["evaluation"],
     ["studies", "server"],

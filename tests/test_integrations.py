@@ -1,0 +1,179 @@
+"""Programs that know nothing of us: frameworks that construct a `Llama`, and clients of the server.
+
+Those that are not installed (`pip install '.[integrations]'`) are skipped.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import llama_cpp
+import pytest
+from pydantic import BaseModel, ConfigDict
+from served import Served
+from test_server_openai import TEMPLATE
+
+import selfextend_gguf
+from selfextend_gguf.errors import IgnoredArgumentWarning
+from selfextend_gguf.integrations import in_place_of_llama_cpp
+from selfextend_gguf.models import TINY_MODEL
+
+PROMPT = "Once upon a time " * 30  # twice the trained context
+ASKED = {"max_tokens": 8, "temperature": 0}
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    llm = selfextend_gguf.Llama(str(TINY_MODEL), n_ctx=1024, verbose=False)
+    text = llm.create_completion(PROMPT, **ASKED)["choices"][0]["text"]
+    llm.close()
+    return text
+
+
+# ---- frameworks ------------------------------------------------------------------------------------------------------
+
+
+def test_llama_cpp_is_itself_again():
+    plain = llama_cpp.Llama
+    with pytest.raises(ZeroDivisionError), in_place_of_llama_cpp():
+        assert llama_cpp.Llama is llama_cpp.llama.Llama is selfextend_gguf.Llama
+        selfextend_gguf.Llama(str(TINY_MODEL), n_ctx=1024, verbose=False).close()
+        raise ZeroDivisionError
+    assert llama_cpp.Llama is llama_cpp.llama.Llama is plain
+
+
+def test_modules_that_have_our_class_by_name_keep_it():
+    namespace = ModuleType("namespace")
+    namespace.Llama = selfextend_gguf.Llama
+    sys.modules["namespace"] = namespace
+    try:
+        with in_place_of_llama_cpp():
+            pass
+        assert namespace.Llama is selfextend_gguf.Llama
+    finally:
+        del sys.modules["namespace"]
+
+
+def test_legacy_arguments_are_ignored_with_a_warning():
+    with pytest.warns(IgnoredArgumentWarning, match="no f16_kv, n_parts any more: ignored"):
+        selfextend_gguf.Llama(str(TINY_MODEL), n_parts=-1, f16_kv=True, verbose=False).close()
+
+
+def test_langchain(expected):
+    module = pytest.importorskip("langchain_community.llms")
+    with pytest.warns(IgnoredArgumentWarning), in_place_of_llama_cpp():
+        llm = module.LlamaCpp(model_path=str(TINY_MODEL), n_ctx=1024, verbose=False, **ASKED)
+    assert type(llm.client) is selfextend_gguf.Llama
+    assert llm.client.self_extend.n_ctx == 1024
+    assert llm.invoke(PROMPT) == expected
+    assert "".join(llm.stream(PROMPT)) == expected
+    assert llm.get_num_tokens("abc") == 3
+
+
+def test_langchain_chat():
+    module = pytest.importorskip("langchain_community.chat_models")
+    with pytest.warns(IgnoredArgumentWarning), in_place_of_llama_cpp():
+        chat = module.ChatLlamaCpp(model_path=str(TINY_MODEL), n_ctx=1024, verbose=False, **ASKED)
+    assert type(chat.client) is selfextend_gguf.Llama
+    assert len(chat.invoke("hello").content) == 8
+    assert chat.invoke(PROMPT).response_metadata["finish_reason"] == "length"
+
+
+def test_llama_index(expected):
+    pytest.importorskip("llama_index.llms.llama_cpp")
+    with in_place_of_llama_cpp():
+        from llama_index.llms.llama_cpp import LlamaCPP
+
+        llm = LlamaCPP(
+            model_path=str(TINY_MODEL), context_window=1024, max_new_tokens=8, temperature=0.0, verbose=False
+        )
+    assert type(llm._model) is selfextend_gguf.Llama
+    assert llm.metadata.context_window == 1024
+    assert llm.complete(PROMPT, formatted=True).text == expected
+    assert "".join(r.delta for r in llm.stream_complete(PROMPT, formatted=True)) == expected
+
+
+# ---- clients of the server -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Served]:
+    template = tmp_path_factory.mktemp("server") / "chat.jinja"
+    template.write_text(TEMPLATE)
+    served = Served(str(TINY_MODEL), "--ctx", "1024", "-t", "1", "--chat-template", str(template))
+    yield served
+    assert served.end()[0] == 0
+
+
+@pytest.fixture
+def model(server) -> str:
+    return server.client().models.list().data[0].id
+
+
+def test_langchain_openai(server, model, expected):
+    module = pytest.importorskip("langchain_openai")
+    where = {"base_url": f"{server.url}/v1", "api_key": "none", "model": model}
+    llm = module.OpenAI(**where, **ASKED)
+    assert llm.invoke(PROMPT) == "".join(llm.stream(PROMPT)) == expected
+    chat = module.ChatOpenAI(**where, **ASKED)
+    answer = chat.invoke("hello")
+    assert answer.content == "".join(chunk.content for chunk in chat.stream("hello"))
+    assert answer.usage_metadata["output_tokens"] == 8
+
+    class Weather(BaseModel):
+        hot: bool
+
+    chat = module.ChatOpenAI(**where, max_tokens=40)
+    assert isinstance(chat.with_structured_output(Weather, method="json_schema").invoke("hello").hot, bool)
+
+
+def test_litellm(server, model, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would be fetched
+    module = pytest.importorskip("litellm")
+    where = {"model": f"openai/{model}", "base_url": f"{server.url}/v1", "api_key": "none", **ASKED}
+    messages = [{"role": "user", "content": "hello"}]
+    answer = module.completion(messages=messages, **where).choices[0].message.content
+    streamed = module.completion(messages=messages, stream=True, **where)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == answer
+    assert len(answer) == 8
+
+
+def test_instructor(server, model):
+    module = pytest.importorskip("instructor")
+
+    class City(BaseModel):
+        model_config = ConfigDict(extra="forbid")  # else the model may invent keys without end
+
+        is_old: bool
+
+    for mode in (module.Mode.JSON_SCHEMA, module.Mode.TOOLS):
+        client = module.from_openai(server.client(), mode=mode)
+        found = client.chat.completions.create(
+            model=model, response_model=City, messages=[{"role": "user", "content": "Rome"}], temperature=0
+        )
+        assert isinstance(found, City)
+
+
+def test_llm_with_an_endpoint_of_openai(server, model, tmp_path):
+    pytest.importorskip("llm")
+    program = shutil.which("llm")
+    assert program is not None
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: ours\n  model_name: {model}\n  api_base: {server.url}/v1\n  api_key_name: none\n"
+    )
+    command = [program, "-m", "ours", "--no-log", "--key", "none", "-o", "max_tokens", "8", "hello"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"LLM_USER_PATH": str(tmp_path), "PATH": str(Path(program).parent), "HOME": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.rstrip("\n")) >= 1
