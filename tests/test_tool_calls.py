@@ -1,4 +1,4 @@
-"""Calls of tools in what models write: recorded outputs of each format, and which templates are read."""
+"""Calls of tools in what models write: outputs of each format, written after the templates,, and which templates are read."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def read(name: str, pieces: list[str], **more: object) -> tuple[list[tuple[str, 
 
 
 @pytest.mark.parametrize(("name", "output", "calls", "text"), OUTPUTS)
-def test_recorded_outputs(name, output, calls, text):
+def test_outputs_of_each_format(name, output, calls, text):
     """However they are cut."""
     for pieces in ([output], list(output), [output[i : i + 7] for i in range(0, len(output), 7)]):
         assert read(name, pieces) == (calls, text, output)
