@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-ABOUT_TESTS = ("SX_GGUF_TEST_MODELS", "SX_GGUF_TEMPLATES")  # variables
+ABOUT_TESTS = ("SX_GGUF_TEST_", "SX_GGUF_TEMPLATES")  # variables that begin so
 
 # Tiny models are read fastest on one thread: several mostly wait for each other, and for whatever else the machine
 # does. The libraries read this when they are loaded, those of child processes as well.
@@ -17,7 +17,7 @@ for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
     os.environ.setdefault(name, "1")
 
 # What a user has set must not change what is tested, nor tests what a user finds in the history of a chat.
-for name in [name for name in os.environ if name.startswith("SX_GGUF_") and name not in ABOUT_TESTS]:
+for name in [name for name in os.environ if name.startswith("SX_GGUF_") and not name.startswith(ABOUT_TESTS)]:
     del os.environ[name]
 os.environ |= {"SX_GGUF_CONFIG": os.devnull, "SX_GGUF_NO_HISTORY": "1"}
 

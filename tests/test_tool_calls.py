@@ -1,4 +1,4 @@
-"""Calls of tools in what models write: outputs of each format, written after the templates,, and which templates are read."""
+"""Calls of tools in what models write: outputs of each format, written after the templates; which of these are read."""
 
 from __future__ import annotations
 
