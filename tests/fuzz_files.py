@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from selfextend_gguf import Llama
 from selfextend_gguf.cli import main as sx_gguf
 from selfextend_gguf.models import TINY_MODEL
@@ -290,7 +292,8 @@ def fault_of(kind: Kind, path: str, output: str) -> str | None:
         return f"a traceback: {said[-300:]}"
     if os.WEXITSTATUS(status) and "Error" not in said:
         return f"status {os.WEXITSTATUS(status)} without an error: {said[-300:]}"
-    if (beyond := used.ru_maxrss * 1024 - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) > MOST_MEMORY:
+    # not this process's ru_maxrss, which begins with that of the process that started it
+    if (beyond := used.ru_maxrss * 1024 - psutil.Process().memory_info().rss) > MOST_MEMORY:
         return f"{beyond >> 20} MiB of memory"
     return None
 

@@ -162,7 +162,7 @@ def test_copies_make_room_for_whoever_needs_memory(documents, monkeypatch):
     copy = asker.llm.kept_prompts.n_bytes
     assert copy > 0
     available = copy  # half of it is too little for another
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=ROOM, available=available))
     asker.ask(documents[1])
     assert asker.llm.kept_prompts.n_bytes == 0
 
