@@ -1,9 +1,9 @@
 """The full study on the tiny models: every schedule and what llama.cpp offers, at all lengths. Writes docs/results.md.
 
-    python -m selfextend_gguf.studies.methods --text tests/data/heldout.txt --out docs
+    python -m selfextend_gguf.studies.methods --text tests/data/heldout.txt --kept kept.jsonl
 
 Texts hold keys. Each is read once, which gives its perplexity; then its keys are asked for one after the other, each
-time going back to the end of the text.
+time going back to the end of the text. Results are kept as they come: a second call goes on.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.evaluation.kept import Kept, made_by
 from selfextend_gguf.evaluation.perplexity import Estimate, perplexity_ratio, second_half
 from selfextend_gguf.evaluation.plots import plot_curves
 from selfextend_gguf.evaluation.readers import METHODS, Losses, Reader, open_reader
@@ -83,6 +87,13 @@ class Reading:
     losses: Losses  # of the second halves, all texts in a row
     found: list[bool]  # keys
 
+    def to_json(self) -> dict[str, Any]:
+        return {"losses": np.round(self.losses, 5).tolist(), "found": self.found}
+
+    @classmethod
+    def of_json(cls, content: dict[str, Any]) -> Reading:
+        return cls(np.array(content["losses"]), content["found"])
+
 
 @dataclass(frozen=True)
 class Row:
@@ -116,23 +127,32 @@ def is_measured(method: str, times: int) -> bool:
     return method in (REFERENCE, *SCHEDULES) or times <= LONGEST_OF_OTHERS
 
 
-def study(pool: Executor, model: str, text: str, methods: Sequence[str], times: Sequence[int]) -> list[Row]:
+def _content(reading: Reading | None) -> dict[str, Any] | None:
+    return None if reading is None else reading.to_json()
+
+
+def study(pool: Executor, kept: Kept, model: str, text: str, methods: Sequence[str], times: Sequence[int]) -> list[Row]:
     """All rows; methods that do not reach a length have none there."""
     with ModelInfo(model) as info:
         n_ctx_train = info.n_ctx_train
     cells = [(n, method) for n in times for method in methods if is_measured(method, n)]
-    readings = {
-        (n, method): pool.submit(read, model, text, method, n_ctx_train, n)
+    of_model = made_by(model) | {"text": zlib.crc32(text.encode())}
+    whats = {(n, m): of_model | {"method": m, "times": n, "texts and keys": texts_and_keys(n)} for n, m in cells}
+    begun = {
+        pool.submit(read, model, text, method, n_ctx_train, n): whats[n, method]
         for n, method in sorted(cells, key=lambda cell: -cell[0])  # the longest first: no core waits at the end
+        if not kept.has(whats[n, method])
     }
+    for done in as_completed(begun):
+        kept.measured(begun[done], partial(_content, done.result()))
+        print(f"{begun[done]['times']:>3}x {begun[done]['method']}", flush=True)
     rows = []
     for n, method in cells:
-        reading, reference = readings[n, method].result(), readings[n, REFERENCE].result()
-        if reading is None or reference is None:
+        its, reference = kept.get(whats[n, method]), kept.get(whats[n, REFERENCE])
+        if its is None or reference is None:
             continue
-        row = Row(method, n, perplexity_ratio(reading.losses, reference.losses), float(np.mean(reading.found)))
-        rows.append(row)
-        print(f"{n:>3}x {method:<13} {row.ratio!s:>16} {row.found:.2f}", flush=True)
+        reading, reference = Reading.of_json(its), Reading.of_json(reference)
+        rows.append(Row(method, n, perplexity_ratio(reading.losses, reference.losses), float(np.mean(reading.found))))
     return rows
 
 
@@ -152,7 +172,7 @@ def table(rows: Sequence[Row], methods: Sequence[str], times: Sequence[int]) -> 
 
 HEAD = """# Results
 
-Written by `python -m selfextend_gguf.studies.methods --text tests/data/heldout.txt --out docs`{machine}.
+Written by `python -m selfextend_gguf.studies.methods --text tests/data/heldout.txt --kept kept.jsonl`{machine}.
 
 The bundled models (Q8_0, bytes as tokens) on held-out text, at 1 to 64 trained contexts. Keys are hidden in the texts:
 up to {others} trained contexts one in each of 8 texts, at depths from 0 % to 88 %; beyond, where reading takes long,
@@ -204,18 +224,21 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", required=True, type=Path, help="ASCII text the models were not trained on")
+    parser.add_argument(
+        "--kept", type=Path, required=True, help="file that keeps results; those in it are not repeated"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of results.md and its pictures")
     parser.add_argument("--times", type=int, nargs="+", default=TIMES, help="text lengths in trained contexts")
     parser.add_argument("--machine", default="", help="what it was measured on, for the document")
     args = parser.parse_args(argv)
     text = args.text.read_text(encoding="ascii")
     methods = (REFERENCE, *(m for m in METHODS if m != REFERENCE))
-    results = {}
+    kept, results = Kept(args.kept), {}
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for model in TINY_MODELS:
             name = model.name.split(".")[0]
             print(name, flush=True)
-            results[name] = study(pool, str(model), text, methods, args.times)
+            results[name] = study(pool, kept, str(model), text, methods, args.times)
             draw(name, results[name], args.out)
     machine = f",\non {args.machine}" if args.machine else ""
     (args.out / "results.md").write_text(document(results, methods, args.times, machine), encoding="utf-8")
