@@ -100,7 +100,14 @@ def make_prompt(
 
     Raises ConfigError when the model's template fails, and TextError.
     """
-    rendering = render(info, with_system(system, [{"role": "user", "content": text}]), raw=raw, special=special)
+    return conversation_prompt(info, with_system(system, [{"role": "user", "content": text}]), raw=raw, special=special)
+
+
+def conversation_prompt(
+    info: ModelInfo, messages: Sequence[Message], *, raw: bool = False, special: bool = False
+) -> Prompt:
+    """As `make_prompt`, of messages of which the last is to be answered."""
+    rendering = render(info, messages, raw=raw, special=special)
     tokens = info.tokenizer.tokens(rendering.text, special=rendering.special, marks=rendering.marks)
     return Prompt(tokens, rendering.stop, end_of_open_thought(rendering.text))
 

@@ -5,6 +5,7 @@ Those that are not installed (`pip install '.[integrations]'`) are skipped.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -175,3 +176,85 @@ def test_llm_with_an_endpoint_of_openai(server, model, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.rstrip("\n")) >= 1
+
+
+# ---- llm's models ----------------------------------------------------------------------------------------------------
+
+
+def llm_program(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`llm` in a folder that holds the bundled model."""
+    pytest.importorskip("llm")
+    program = Path(sys.executable).with_name("llm")
+    if not (tmp_path / "tiny.gguf").exists():
+        (tmp_path / "tiny.gguf").symlink_to(TINY_MODEL)
+    return subprocess.run(
+        [program, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"LLM_USER_PATH": str(tmp_path / "llm"), "PATH": str(program.parent), "HOME": str(tmp_path)},
+    )
+
+
+def test_llm_lists_the_models_of_the_folder_and_the_stores(tmp_path):
+    repository = tmp_path / ".cache/huggingface/hub/models--user--tiny"
+    snapshot = repository / "snapshots/0123/tiny-Q8_0.gguf"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(TINY_MODEL)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123")
+    done = llm_program(tmp_path, "models")
+    ours = [line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("SelfExtendModel")]
+    assert ours == ["sx", "sx-tiny.gguf", "sx-hf:user/tiny:Q8_0"]
+
+
+def test_llm_answers_beyond_the_trained_context(tmp_path, expected):
+    (tmp_path / "text.html").write_text(f"<p>{PROMPT}</p>")
+    asked = ("-o", "max_tokens", "8", "-o", "temperature", "0", "-o", "ctx", "1024")
+    done = llm_program(tmp_path, "-m", "sx-tiny.gguf", "--no-log", "--usage", *asked, PROMPT)
+    assert (done.returncode, done.stdout) == (0, expected + "\n")
+    assert "510 input, 8 output" in done.stderr
+    named = llm_program(tmp_path, "-m", "sx", "-o", "model", "tiny.gguf", "--no-log", *asked, PROMPT)
+    assert named.stdout == done.stdout
+    of_file = llm_program(tmp_path, "-m", "sx-tiny.gguf", "--no-log", "--usage", *asked, "-f", "sx:text.html")
+    assert "509 input, 8 output" in of_file.stderr
+
+
+def test_llm_reads_a_conversation_once(tmp_path):
+    module = pytest.importorskip("llm")
+    from selfextend_gguf.llm_plugin import SelfExtendModel
+
+    model = SelfExtendModel(str(TINY_MODEL))
+    talk = model.conversation()
+    options = {"temperature": 0, "max_tokens": 8}
+    first = talk.prompt(PROMPT, **options)
+    first.text()
+    second = talk.prompt(" and then", **options)
+    second.text()
+    assert second.usage().input > 510
+    assert second.usage().details["cached_tokens"] >= 510
+    text = model.prompt("x", schema={"type": "object", "properties": {"n": {"enum": [3]}}, "required": ["n"],
+                        "additionalProperties": False}).text()  # fmt: skip
+    assert json.loads(text) == {"n": 3}
+    with pytest.raises(module.ModelError, match="which model"):
+        SelfExtendModel(None).prompt("x").text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["-m", "sx", "x"], "which model? give one"),
+        (["-m", "sx", "-o", "model", "nothing.gguf", "x"], "nothing.gguf"),
+        (["-m", "sx-tiny.gguf", "-o", "ctx", "0", "x"], "ctx"),
+        (["-m", "sx-tiny.gguf", "-o", "ctx", "256", "x" * 300], "exceed context window of 256"),
+        (["-m", "sx-tiny.gguf", "-f", "sx:nothing.pdf", "x"], "nothing.pdf"),
+    ],
+    ids=["no name", "no file", "no context", "too long", "no document"],
+)
+def test_llm_says_what_is_wrong(tmp_path, arguments, error):
+    done = llm_program(tmp_path, "--no-log", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert error in done.stderr
+    assert "Traceback" not in done.stderr

@@ -36,7 +36,7 @@ FLOORS = [
     ["examine", "llama", "catalogue"],
     ["integrations"],
     ["generate", "conversation"],
-    ["evaluation"],
+    ["evaluation", "llm_plugin"],
     ["studies", "server"],
     ["cli"],
 ]
