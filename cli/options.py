@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import click
 import llama_cpp
 from llama_cpp.llama_grammar import LlamaGrammar
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from selfextend_gguf._native import restore_log
 from selfextend_gguf.arguments import check_arguments
 from selfextend_gguf.chat_schemas import SchemaGrammar
 from selfextend_gguf.devices import ALL_LAYERS, add_rpc_server, usual_layers
+from selfextend_gguf.drafting import PromptLookup
 from selfextend_gguf.errors import ConfigError, TemplateError
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.model_info import ModelInfo
@@ -555,7 +555,7 @@ def take_loading(options: dict[str, Any]) -> dict[str, Any]:
             "use_mmap": not options.pop("no_mmap"),
             "adapters": _adapters(options.pop("lora"), options.pop("lora_scaled")),
             "last_n_tokens_size": options.pop("repeat_last_n"),
-            "draft_model": LlamaPromptLookupDecoding() if options.pop("draft") else None,
+            "draft_model": PromptLookup() if options.pop("draft") else None,
         }
     )
 

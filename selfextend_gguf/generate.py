@@ -89,15 +89,18 @@ def stream_completion(
     timings = Timings(n_prompt, n_cached)
     on_read(0, n_prompt - n_cached)
     rewritten_before = llm.rewrite_stats.seconds
+    last_answer = llm.answer_tokens
     began = clock()
+
+    def n_generated() -> int:
+        return 0 if llm.answer_tokens is last_answer else len(llm.answer_tokens)
 
     def progress(done: int, total: int) -> None:
         nonlocal began, timings
         now = clock()
         if timings.prompt_seconds == 0:  # the cache may have been given more of the prompt meanwhile
             timings = replace(timings, cached_tokens=llm.n_tokens - done)
-        has_read = llm.n_tokens >= n_prompt
-        if timings.generated_tokens == 0:
+        if n_generated() == 0:
             timings = replace(timings, prompt_seconds=now - began)
             on_read(llm.n_tokens - timings.cached_tokens, n_prompt - timings.cached_tokens)
             began += clock() - now  # what the caller does meanwhile is neither reading nor generating
@@ -105,8 +108,6 @@ def stream_completion(
         timings = replace(
             timings,
             generate_seconds=now - began - timings.prompt_seconds,
-            # Each completed evaluation is followed by sampling one token.
-            generated_tokens=timings.generated_tokens + (has_read and done == total),
             rewrite_seconds=llm.rewrite_stats.seconds - rewritten_before,
         )
 
@@ -117,6 +118,7 @@ def stream_completion(
         chunks = llm.create_completion(prompt.tokens, max_tokens=max_tokens, stop=prompt.stop, stream=True, **sampling)
         for chunk in cast("Iterator[CreateCompletionStreamResponse]", chunks):  # as always with `stream`
             choice = chunk["choices"][0]
+            timings = replace(timings, generated_tokens=n_generated())
             for kind, text in splitter.feed(choice["text"]):
                 yield Piece(kind, text, None, timings)
             if choice["finish_reason"] is not None:

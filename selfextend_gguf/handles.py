@@ -93,6 +93,12 @@ class Batch(internals.LlamaBatch):
             raise ConfigError(f"a batch holds at most {self._n_tokens} tokens, not {n_held + n_new}")
 
 
+def ask_for_logits(batch: internals.LlamaBatch, n: int) -> None:
+    """Of the last `n` tokens of a batch."""
+    for i in range(batch.n_tokens() - n, batch.n_tokens()):
+        batch.batch.logits[i] = True
+
+
 _SAFE = {internals.LlamaModel: Model, internals.LlamaContext: Context, internals.LlamaBatch: Batch}
 
 

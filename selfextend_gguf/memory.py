@@ -38,7 +38,7 @@ class Demand:
     is_mapped: bool  # weights stay in their file, which the system may drop from memory and read again
     n_ubatch: int = _LARGEST_STEP
     n_vocab: int = 0
-    all_logits: bool = False  # llama.cpp gives those of all tokens of a batch: `logits_all`, draft models, embeddings
+    all_logits: bool = False  # llama.cpp gives those of all tokens of a batch: `logits_all`, embeddings
     keeps_logits: bool = False  # and they are kept for all of the context: `logits_all`
 
     @property
@@ -116,7 +116,7 @@ def demand_of(info: ModelInfo, n_ctx: int, n_batch: int, *, flash_attn: bool | N
         is_mapped=arguments.get("use_mmap", True),
         n_ubatch=n_batch if embedding else n_ubatch or n_batch,
         n_vocab=info.model.n_vocab(),
-        all_logits=keeps_logits or embedding or arguments.get("draft_model") is not None,
+        all_logits=keeps_logits or embedding,
         keeps_logits=keeps_logits,
     )
 

@@ -48,7 +48,7 @@ from selfextend_gguf.errors import (
     UnsupportedModelError,
 )
 from selfextend_gguf.grammar import GrammarSampler, SchemaSampler, check_grammar
-from selfextend_gguf.handles import check_tokens, make_safe
+from selfextend_gguf.handles import ask_for_logits, check_tokens, make_safe
 from selfextend_gguf.json_schema.forms import form, matcher, vocabulary
 from selfextend_gguf.logprobs import Scored
 from selfextend_gguf.model_info import model_file_error, set_log_level
@@ -110,6 +110,7 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         self._load(**arguments)
         if self.draft_model is not None:
             self.draft_model = StepLimitedDraft(self.draft_model, self._longest_step)
+            self._logits_all = self._keeps_logits  # not also while a prompt is read
 
     def _load(
         self,
@@ -387,10 +388,17 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
             if self._run is run:
                 self._sampler = None  # theirs would stay, and choose for others
 
+    @property
+    def answer_tokens(self) -> list[int]:
+        """Tokens of the latest completion so far, with the one that ended it."""
+        return self._run.answer
+
     def _eval_step(self, tokens: Sequence[int]) -> None:
         begin, end = self.n_tokens, self.n_tokens + len(tokens)
         self._requires_eval = True  # until it is done
-        self._batch.set_batch(batch=tokens, n_past=begin, logits_all=self._logits_all)
+        n_logits = len(tokens) if self._logits_all else min(len(tokens), 1 + self._n_guessed())
+        self._batch.set_batch(batch=tokens, n_past=begin, logits_all=False)
+        ask_for_logits(self._batch, n_logits)
         try:
             self._ctx.decode(self._batch)
         except RuntimeError as error:
@@ -407,8 +415,12 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
             self.scores[begin:end] = np.ctypeslib.as_array(self._ctx.get_logits(), shape=shape)
             self._n_unscored = min(self._n_unscored, begin)
         self._n_held = self._n_tokens = end
-        self._n_logits = end - begin if self._logits_all else 1
+        self._n_logits = n_logits
         self._requires_eval = False
+
+    def _n_guessed(self) -> int:
+        """Tokens at the end of what is to be evaluated that a draft model has guessed, and that need logits as well."""
+        return self.draft_model.n_guessed if isinstance(self.draft_model, StepLimitedDraft) else 0
 
     def set_seed(self, seed: int) -> None:
         """Seed of the next completions."""

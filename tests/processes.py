@@ -24,10 +24,14 @@ for name, code in json.load(sys.stdin).items():
 """
 
 
+# Not from the present folder, which in a clone holds a part of the package.
+_INSTALLED = "import sys; sys.path.remove('')\n"
+
+
 def run_python(code: str, stdin: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """A Python program and what it left."""
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", _INSTALLED + code],
         input=stdin,
         capture_output=True,
         text=True,

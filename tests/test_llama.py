@@ -18,6 +18,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from selfextend_gguf import Llama, SelfExtendError
 from selfextend_gguf._native import schedule_step
+from selfextend_gguf.drafting import PromptLookup
 from selfextend_gguf.errors import (
     ConfigError,
     ContextFullError,
@@ -196,13 +197,22 @@ def test_a_sampler_does_not_outlive_its_generation():
     assert llm.sample(temp=0) != ord("~")
 
 
-def test_draft_model_gives_the_same_text(llm, long_prompt):
+@pytest.mark.parametrize("draft", [LlamaPromptLookupDecoding(num_pred_tokens=8), PromptLookup()], ids=type)
+def test_draft_model_gives_the_same_text(llm, long_prompt, draft):
     """Speculative decoding rolls back rejected tokens, also across a rewrite."""
     wanted = llm.create_completion(long_prompt, max_tokens=120, temperature=0)["choices"][0]["text"]
-    drafting = Llama(
-        str(TINY_MODEL), n_ctx=2048, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=8), verbose=False
-    )
+    drafting = Llama(str(TINY_MODEL), n_ctx=2048, draft_model=draft, verbose=False)
     assert drafting.create_completion(long_prompt, max_tokens=120, temperature=0)["choices"][0]["text"] == wanted
+
+
+def test_only_guesses_and_what_they_follow_have_logits():
+    """Not all tokens of the prompt, which would take time and memory."""
+    llm = Llama(str(TINY_MODEL), n_ctx=256, draft_model=lambda ids: ids[-3:], verbose=False)
+    steps = llm.generate(llm.tokenize(b"abcabcabcabc"), temp=0)
+    next(steps)
+    assert llm._n_logits == 1
+    next(steps)
+    assert llm._n_logits in (1, 4)  # the first guess may have been cut at the end of a step
 
 
 def test_scores_are_not_kept_for_the_whole_context(llm):
@@ -462,7 +472,7 @@ def test_embeddings_beyond_the_trained_context_are_refused():
     assert len(Llama(str(TINY_MODEL), n_ctx=256, embedding=True, verbose=False).embed("hello")) > 0
 
 
-@pytest.mark.parametrize("first", ["llama_cpp", "selfextend_gguf"])
+@pytest.mark.parametrize("first", ["import llama_cpp", "from selfextend_gguf import Llama"])
 def test_one_copy_of_llama_cpp_is_loaded(first):
     """Whatever is imported first. Counted in the process's own list of mapped files."""
     if sys.platform == "darwin":
@@ -473,7 +483,7 @@ def test_one_copy_of_llama_cpp_is_loaded(first):
     else:
         count = "files = {line.split()[-1] for line in open('/proc/self/maps') if '/' in line}\n"
     code = (
-        f"import ctypes, {first}, llama_cpp, selfextend_gguf\n{count}"
+        f"{first}\nimport ctypes, llama_cpp\nfrom selfextend_gguf import Llama\n{count}"
         "for name in ('libllama.', 'libggml.', 'libggml-base.', 'libggml-cpu.', 'libselfextend.'):\n"
         "    print(name, sum(name in f for f in files))\n"
     )

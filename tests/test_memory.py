@@ -64,7 +64,7 @@ def wordy_model(tmp_path_factory):
 MORE_MEMORY = {
     "plain": ("", 0),
     "logits_all": (", logits_all=True", 62.5 + 62.5),  # llama.cpp's, and those that are kept: the context is as long
-    "drafts": (", draft_model=LlamaPromptLookupDecoding()", 62.5),
+    "drafts": (", draft_model=LlamaPromptLookupDecoding()", 0),
     "embedding": (", embedding=True", 62.5),
 }
 
