@@ -16,12 +16,13 @@ from selfextend_gguf.sampling import COMPLETION
 
 from .options import predict_option, sampling_options, take_more_samplers, take_sampling
 from .settings import key_of, settable
+from .thoughts import reasoning_option, switch_thinking
 
 
 @click.command()
 @predict_option(None)
 @sampling_options
-@click.option("--reasoning", type=click.Choice(["show", "hide"]), default="show")
+@reasoning_option
 def _set() -> None:
     """What /set knows; never called."""
 
@@ -88,6 +89,8 @@ class AnswerOptions:
             raise
         if name == "seed":
             self._new_seed = value
+        elif name == "reasoning":
+            switch_thinking(self._info, value)
 
     def __str__(self) -> str:
         """Each option with its value, if it has one."""

@@ -12,7 +12,6 @@ import click
 from selfextend_gguf.generate import Piece
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.prompt import always_thinks
-from selfextend_gguf.reasoning import OFF
 
 from .colours import coloured
 from .options import take_template
@@ -29,13 +28,16 @@ reasoning_option = click.option(
 
 def open_model(path: Path, options: dict[str, Any], reasoning: str) -> ModelInfo:
     """The model file with the chat template and its variables that `options` ask for, which are taken out of them."""
-    template = take_template(options)
-    if reasoning == "off":
-        template["template_variables"] = OFF | template["template_variables"]
-    info = ModelInfo(path, verbose=options["verbose"], **template)
+    info = ModelInfo(path, verbose=options["verbose"], **take_template(options))
+    switch_thinking(info, reasoning)
+    return info
+
+
+def switch_thinking(info: ModelInfo, reasoning: str) -> None:
+    """Let the model think from now on, or not."""
+    info.may_think = reasoning != "off"
     if reasoning == "off" and always_thinks(info):
         click.echo("Warning: the chat template cannot switch thinking off; what the model thinks is hidden", err=True)
-    return info
 
 
 @contextmanager

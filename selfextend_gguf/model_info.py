@@ -247,3 +247,4 @@ class ModelInfo(ModelHeader):
         #: The chat template (Jinja), if there is one.
         self.chat_template = self.metadata.get("tokenizer.chat_template") if chat_template is None else chat_template
         self.template_variables = dict(template_variables or {})
+        self.may_think = True  #: False: the template's own variable for that is switched off, unless it is given

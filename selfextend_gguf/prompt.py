@@ -47,7 +47,8 @@ def chat_formatter(info: ModelInfo) -> ChatTemplate:
     """The model's own chat template. Raises ConfigError when it has none."""
     if info.chat_template is None:
         raise ConfigError("the model has no chat template")
-    return chat_template(info.model, info.chat_template, info.template_variables)
+    switched_off = {} if info.may_think else OFF
+    return chat_template(info.model, info.chat_template, switched_off | info.template_variables)
 
 
 def render_chat(info: ModelInfo, messages: Sequence[Message], *, special: bool = False) -> Rendering:

@@ -493,7 +493,7 @@ def test_commands_report_mistakes_in_a_line(tmp_path):
         "/set n 0": "Invalid value: 0 is neither a number of tokens nor -1",
         "/set repeat-last-n 99999999999": "last_n_tokens_size must be between 0 and 1073741824, not 99999999999",
         "/set j {": "'{' is no JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
-        "/set reasoning off": "Invalid value for '--reasoning': 'off' is not one of 'show', 'hide'.",
+        "/set reasoning of": "Invalid value for '--reasoning': 'of' is not one of 'show', 'hide', 'off'.",
         "x" * 1100: "Requested tokens (1100) exceed context window of 1024: /undo, /clear or a larger --ctx make room",
     }
     result = piped("-n", "5", "--temp", "0", lines="\n".join([*mistakes, FACT, QUESTION]))

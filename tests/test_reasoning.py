@@ -187,6 +187,17 @@ def test_thoughts_are_switched_off_by_the_templates_own_variable(template):
     assert invoke("run", path, "hello", "--reasoning", "off").stderr == ""
 
 
+def test_thoughts_are_switched_off_during_a_chat(template):
+    path = template(TEMPLATE)
+    lines = "hello\n/stats\n/clear\n/set reasoning off\nhello\n/stats\n/clear\n/set reasoning\nhello\n/stats\n"
+    result = invoke("chat", path, grammar='root ::= "Yes."', lines=lines)
+    counts = [int(n) + int(m) for n, m in re.findall(r"read (\d+) tokens .*?, (\d+) were cached", result.stderr)]
+    assert counts == [counts[0], counts[0] + len("<think></think>"), counts[0]]
+    result = invoke("chat", template(OPENING), grammar=GOES_ON, lines="hello\n/set reasoning off\nhello\n")
+    assert result.stdout.endswith("Yes.\nYes.\n")
+    assert result.stderr.startswith(NO_SWITCH)
+
+
 def test_a_template_that_cannot_switch_it_off(template):
     for command, text, lines in (("run", ["hello"], None), ("chat", [], "hello\n")):
         result = invoke(command, template(OPENING), *text, "--reasoning", "off", grammar=GOES_ON, lines=lines)

@@ -15,7 +15,6 @@ from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import whole_cells
 from selfextend_gguf.prompt import Message, conversation_prompt
-from selfextend_gguf.reasoning import OFF
 from selfextend_gguf.stores import model_path
 
 ROOM = 4096  # tokens for answers and further messages, where no context is given
@@ -27,7 +26,8 @@ class OpenedModel:
     def __init__(self, name: str, *, reasoning: bool) -> None:
         self.made_of = name, reasoning
         self._path = model_path(name)
-        self._info = ModelInfo(self._path, template_variables={} if reasoning else OFF)
+        self._info = ModelInfo(self._path)
+        self._info.may_think = reasoning
         self._llama: Llama | None = None
 
     def answer(self, prompt: llm.Prompt, response: llm.Response) -> Iterator[str | StreamEvent]:
