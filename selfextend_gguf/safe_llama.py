@@ -18,6 +18,7 @@ from typing import Any, cast
 import llama_cpp
 import llama_cpp._internals as internals
 import numpy as np
+import numpy.typing as npt
 from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_chat_format import get_chat_completion_handler, guess_chat_format_from_gguf_metadata
 from llama_cpp.llama_grammar import LlamaGrammar
@@ -65,6 +66,7 @@ from selfextend_gguf.tokenizer import Tokenizer, encode, text_handler
 from selfextend_gguf.turns import TakesTurns, takes_turn
 
 _OUT_OF_MEMORY = re.compile("alloc|memory", re.IGNORECASE)  # in what llama.cpp says of a device that refuses
+_MOST_LOGITS = 64 << 20  # bytes of one decode's that are computed for `on_logits`
 _COMPLETION = inspect.signature(llama_cpp.Llama.create_completion)
 
 
@@ -103,6 +105,9 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
         self._run = _Run([])
         #: Called after every decode with (tokens done, tokens asked for) of the running `eval`.
         self.progress: Callable[[int, int], None] | None = None
+        #: Called after every decode with the position of its first token and the logits of all its tokens (n, n_vocab),
+        #: which are computed then; None = those of its last token alone are.
+        self.on_logits: Callable[[int, npt.NDArray[np.single]], None] | None = None
         #: Texts whose control tokens are spelled in completions; those of stop strings always are.
         self.spelled: Sequence[str] = ()
         #: Samplers beside those of `create_completion`, for all completions.
@@ -340,7 +345,10 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
 
     def _longest_step(self, n_cached: int) -> int:
         """How many tokens one decode can take after `n_cached`."""
-        return max(1, min(self.n_batch, self._n_ctx - n_cached))
+        longest = max(1, min(self.n_batch, self._n_ctx - n_cached))
+        if self.on_logits is None:
+            return longest
+        return min(longest, max(1, _MOST_LOGITS // (4 * self._n_vocab)))
 
     def _remove_the_rest(self) -> None:
         """Remove what the cache holds beyond `n_tokens`, which is where a rollback shows at last."""
@@ -396,7 +404,8 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
     def _eval_step(self, tokens: Sequence[int]) -> None:
         begin, end = self.n_tokens, self.n_tokens + len(tokens)
         self._requires_eval = True  # until it is done
-        n_logits = len(tokens) if self._logits_all else min(len(tokens), 1 + self._n_guessed())
+        all_logits = self._logits_all or self.on_logits is not None
+        n_logits = len(tokens) if all_logits else min(len(tokens), 1 + self._n_guessed())
         self._batch.set_batch(batch=tokens, n_past=begin, logits_all=False)
         ask_for_logits(self._batch, n_logits)
         try:
@@ -410,10 +419,13 @@ class SafeLlama(llama_cpp.Llama, TakesTurns):
             raise EngineError(str(error)) from error
         self.note_change()
         self.input_ids[begin:end] = tokens
-        if self._keeps_logits:
-            shape = (end - begin, self._n_vocab)
-            self.scores[begin:end] = np.ctypeslib.as_array(self._ctx.get_logits(), shape=shape)
-            self._n_unscored = min(self._n_unscored, begin)
+        if all_logits:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(end - begin, self._n_vocab))
+            if self._keeps_logits:
+                self.scores[begin:end] = logits
+                self._n_unscored = min(self._n_unscored, begin)
+            if self.on_logits is not None:
+                self.on_logits(begin, logits)
         self._n_held = self._n_tokens = end
         self._n_logits = n_logits
         self._requires_eval = False

@@ -279,7 +279,7 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
         ("completions", {"prompt": "a", "seed": 1.5}, 400, "seed: "),
         ("completions", {"prompt": "a", "n": 0}, 400, "n: Input should be gr"),
         ("completions", {"prompt": "a", "best_of": 3}, 400, "best_of is not supported"),
-        ("completions", {"prompt": "a", "logprobs": 2, "echo": True}, 400, "logprobs with echo"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens: Input should be at least 1"),
         ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
         ("completions", {"prompt": "a", "echo": True, "stream": True}, 400, "echo and stream"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, "stop: "),

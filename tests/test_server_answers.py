@@ -197,6 +197,57 @@ def test_several_prompts_as_texts_and_as_tokens(server):
     assert complete(server, list(prompts[0].encode()), max_tokens=8)["choices"] == alone[:1]
 
 
+@pytest.mark.parametrize("times", [1, 6])  # the trained context
+def test_probabilities_of_a_prompt_are_those_of_the_model(server, times):
+    text = ("And Paul said unto the chief captain, May I speak unto thee? " * 50)[: 256 * times - 20]
+    llm = Llama(str(TINY_MODEL), n_ctx=4096, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1)
+    asked = {"max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 3}
+    wanted = llm(text, **asked)["choices"][0]
+    llm.close()
+    complete(server, text, max_tokens=1)  # so that the text is known
+    (got,) = complete(server, text, **asked)["choices"]
+    assert (got["text"], got["logprobs"]["tokens"]) == (wanted["text"], wanted["logprobs"]["tokens"])
+    assert got["logprobs"]["text_offset"] == list(range(len(got["text"])))
+    assert got["logprobs"]["token_logprobs"][0] is got["logprobs"]["top_logprobs"][0] is None
+    assert got["logprobs"]["token_logprobs"][1:-4] == wanted["logprobs"]["token_logprobs"][1:-4]  # bit for bit
+    assert got["logprobs"]["top_logprobs"][1:-4] == wanted["logprobs"]["top_logprobs"][1:-4]
+    np.testing.assert_allclose(
+        got["logprobs"]["token_logprobs"][-4:], wanted["logprobs"]["token_logprobs"][-4:], atol=1e-3
+    )
+
+
+def test_echo_without_an_answer(server):
+    (whole,) = complete(server, "And Paul said", max_tokens=1, echo=True, logprobs=0)["choices"]
+    answer = complete(server, ["And Paul said", "And"], max_tokens=0, echo=True, logprobs=0)
+    first, second = answer["choices"]
+    assert (first["text"], second["text"], first["finish_reason"]) == ("And Paul said", "And", "length")
+    assert first["logprobs"]["token_logprobs"] == whole["logprobs"]["token_logprobs"][:-1]
+    assert second["logprobs"]["token_logprobs"] == first["logprobs"]["token_logprobs"][:3]
+    assert answer["usage"]["completion_tokens"] == 0
+    assert complete(server, "And", max_tokens=0, echo=True)["choices"][0]["text"] == "And"
+
+
+def test_several_answers_echo_the_same_prompt(server):
+    choices = complete(server, ["And Paul", "So"], max_tokens=2, echo=True, logprobs=1, n=2, temperature=1)["choices"]
+    assert [choice["text"][:2] for choice in choices] == ["An", "An", "So", "So"]
+    first, second, third, _ = (choice["logprobs"] for choice in choices)
+    assert first["token_logprobs"][:8] == second["token_logprobs"][:8]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [10, 10, 4, 4]
+    assert third["token_logprobs"][0] is None
+
+
+def test_a_prompt_of_several_bytes_a_character(server):
+    """Bytes are tokens: a character counts where its last byte is."""
+    (choice,) = complete(server, "aé€b", max_tokens=0, echo=True, logprobs=0)["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 2, 2, 3]
+
+
+def test_tokens_as_clients_of_vllm_ask_for_them(server):
+    assert HTTP.get(f"{server.url}/tokenizer_info").json()["chat_template"] == TEMPLATE
+    tokens = HTTP.post(f"{server.url}/tokenize", json={"prompt": "And", "add_special_tokens": False}).json()["tokens"]
+    assert HTTP.post(f"{server.url}/detokenize", json={"tokens": tokens}).json()["prompt"] == "And"
+
+
 def test_probabilities_are_those_of_the_model(server):
     llm = Llama(str(TINY_MODEL), n_ctx=4096, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1)
     wanted = llm("And Paul said", max_tokens=8, temperature=0, logprobs=3)["choices"][0]["logprobs"]

@@ -52,6 +52,7 @@ class Said:
 def answer(llm: ServedLlama, job: Job, tell: Callable[[Read | Said], None]) -> None:
     """Give all answers of a job, one after the other. Raises what generating raises."""
     llm.n_top, llm.more_samplers, llm.comes_again = job.n_top, job.more_samplers, job.n > 1
+    echoed: list[Chosen] = []
     for index, (prompt, sampling) in enumerate(job.answers()):
         reports = _Reports(index, len(prompt.tokens), tell)
         pieces = stream_completion(
@@ -64,9 +65,18 @@ def answer(llm: ServedLlama, job: Job, tell: Callable[[Read | Said], None]) -> N
             **sampling,
         )
         reader = job.reader()
-        with contextlib.closing(pieces):
+        with contextlib.ExitStack() as noting, contextlib.closing(pieces):
+            if job.scored_from and index % job.n == 0:
+                echoed = noting.enter_context(llm.noting_prompt(prompt, job.scored_from[index // job.n]))
+            first = next(pieces)
+            noting.close()
+            if echoed or job.longest == 0:
+                end = "length" if job.longest == 0 else None
+                tell(Said(index, "answer", "", None, "", echoed, end, first.timings, 0))
+            if job.longest == 0:
+                continue
             begun = _Begun(llm)
-            for piece in pieces:
+            for piece in chain([first], pieces):
                 for part, finish_reason in _parts(piece, reader):
                     said = (part.text, part.name, part.arguments, begun.take(part.written), finish_reason)
                     tell(Said(index, piece.kind, *said, piece.timings, len(llm.answer)))

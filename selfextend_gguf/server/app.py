@@ -97,7 +97,7 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         check_fields(body)
         model = models.find(body.model)
         job = await run_in_threadpool(completion_job, body, model)
-        echoed = [model.text_of(prompt) for prompt in body.prompts] if body.echo else None
+        echoed = [model.text_of(prompt, special=True) for prompt in body.prompts] if body.echo else None
         return await complete(body, job, CompletionForm(job, body, echoed))
 
     @app.post("/v1/chat/completions", dependencies=with_key, response_model=None)

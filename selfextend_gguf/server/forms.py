@@ -189,7 +189,8 @@ class CompletionForm(ChoicesForm):
 
     def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
         echoed = self._echoed[index // self._job.n] if self._echoed else ""
-        logprobs = None if self._job.n_top is None else of_completion(choice.tokens, len(echoed))
+        before = 0 if self._job.scored_from else len(echoed)
+        logprobs = None if self._job.n_top is None else of_completion(choice.tokens, before)
         text = echoed + choice.text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 

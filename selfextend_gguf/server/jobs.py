@@ -48,12 +48,13 @@ class Job:
     tells_thoughts: bool = False  #: whether thoughts are told from the answer
     reader: Callable[[], Reader] = TextReader  #: of each answer, that tells calls from text
     spelled: Sequence[str] = ()  #: texts whose control tokens are spelled in the answer
+    scored_from: Sequence[int] = ()  #: where in each prompt the tokens begin whose probabilities are told; empty = none
 
     def answers(self) -> Iterator[tuple[Prompt, dict[str, Any]]]:
         """Prompt and sampling of each answer, one after the other."""
         for number in range(len(self.prompts) * self.n):
             prompt = self.prompts[number // self.n]
-            sampling = {**self.sampling, "seed": (self.seed + number) % 2**32, "max_tokens": self.longest}
+            sampling = {**self.sampling, "seed": (self.seed + number) % 2**32, "max_tokens": self.longest or 1}
             if self.schema is not None:
                 sampling["grammar"] = SchemaGrammar(json.dumps(self.schema))
             elif self.grammar is not None:
@@ -84,7 +85,19 @@ def completion_job(body: CompletionRequest, model: ServedModel) -> Job:
         tokenizer.tokens(prompt, special=True) if isinstance(prompt, str) else check_tokens(prompt, n_vocab)
         for prompt in body.prompts
     ]
-    return _checked(_job(body, model, [Prompt(tokens, body.stops) for tokens in prompts], n_top=body.logprobs), model)
+    job = _job(body, model, [Prompt(tokens, body.stops) for tokens in prompts], n_top=body.logprobs)
+    if body.echo and body.logprobs is not None:
+        begins = [_begin_of(prompt, tokens, model) for prompt, tokens in zip(body.prompts, prompts, strict=True)]
+        job = replace(job, scored_from=begins)
+    return _checked(job, model)
+
+
+def _begin_of(prompt: object, tokens: Sequence[int], model: ServedModel) -> int:
+    """Where what was given as a prompt begins in its tokens: after a BOS that was put before a text."""
+    if not isinstance(prompt, str) or list(tokens[:1]) != [model.info.model.token_bos()]:
+        return 0
+    bos = model.info.tokenizer.detokenize(tokens[:1], special=True)
+    return int(not prompt.encode().startswith(bos))
 
 
 def chat_job(body: ChatRequest, model: ServedModel) -> Job:

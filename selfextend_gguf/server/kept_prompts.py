@@ -202,12 +202,18 @@ class RememberingLlama(Llama):
     kept_prompts: KeptPrompts | None = None
     #: Whether the prompt of the next `generate` comes again.
     comes_again = False
+    #: Whether the next `generate` reads all of its prompt, whatever is known of it.
+    reads_anew = False
 
     def generate(
         self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens after a prompt, as the parent does."""
-        if reset and self.kept_prompts is not None:
+        if self.reads_anew:
+            if self.kept_prompts is not None:
+                self.kept_prompts.keep(self)  # the text that goes may come back
+            self.reset()
+        elif reset and self.kept_prompts is not None:
             self.kept_prompts.prepare(self, tokens, comes_again=self.comes_again)
         yield from super().generate(tokens, *args, reset=reset, **kwargs)
 

@@ -1,7 +1,8 @@
-"""Log-probabilities of an answer's tokens, in the two forms of OpenAI's API."""
+"""Log-probabilities of the tokens of answers and prompts, in the two forms of OpenAI's API."""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +34,16 @@ class Likely:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token of an answer; `likely` and `top` are None where nobody asked for them."""
+    """A token of an answer, or of a prompt; `likely` and `top` are None where nobody asked for them."""
 
     spelled: bytes
     likely: Likely | None = None
     top: Sequence[Likely] = ()
+
+    @property
+    def text(self) -> str:
+        """What it spells, bytes that are no characters replaced."""
+        return self.spelled.decode("utf-8", "replace")
 
     @classmethod
     def among(
@@ -45,9 +51,28 @@ class Chosen:
     ) -> Chosen:
         """A token among `n_top` likeliest ones by the model's `logits` (n_vocab,), before any sampler."""
         logprobs = log_softmax(logits)
-        order = np.argsort(-logprobs, kind="stable")[:n_top].tolist()
+        some = np.argpartition(-logprobs, min(n_top, len(logprobs) - 1))[:n_top]
+        order = some[np.lexsort((some, -logprobs[some]))].tolist()
         likely = [Likely(spell([t]), max(float(logprobs[t]), _LEAST)) for t in (token, *order)]
         return cls(likely[0].spelled, likely[0], likely[1:])
+
+
+class PromptNotes:
+    """The tokens of a prompt, with their likelihoods from the logits of its reading. The first of all has none."""
+
+    def __init__(self, prompt: Sequence[int], begin: int, n_top: int, spell: Callable[[list[int]], bytes]) -> None:
+        """Of the tokens from `begin` on, beside the `n_top` likeliest ones at each place."""
+        self._prompt = prompt
+        self._begin = begin
+        self._n_top = n_top
+        self._spell = spell
+        self.tokens = [Chosen(spell([prompt[0]]))] if begin == 0 else []
+
+    def note(self, position: int, logits: npt.NDArray[np.single]) -> None:
+        """The logits (n, n_vocab) of the tokens from `position` on."""
+        for following in range(max(position + 1, self._begin), min(position + 1 + len(logits), len(self._prompt))):
+            row = logits[following - position - 1]
+            self.tokens.append(Chosen.among(row, self._prompt[following], self._n_top, self._spell))
 
 
 def of_chat(tokens: Sequence[Chosen]) -> dict[str, Any]:
@@ -63,12 +88,14 @@ def of_chat(tokens: Sequence[Chosen]) -> dict[str, Any]:
 def of_completion(tokens: Sequence[Chosen], text_offset: int) -> dict[str, Any]:
     """`logprobs` of a choice of a completion; `text_offset` = characters before the first of the tokens."""
     found: dict[str, Any] = {"tokens": [], "text_offset": [], "token_logprobs": [], "top_logprobs": []}
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     for token in tokens:
-        if token.likely is None:
-            continue
-        found["tokens"].append(token.likely.text)
+        likely = token.likely
+        found["tokens"].append(token.text)
         found["text_offset"].append(text_offset)
-        found["token_logprobs"].append(token.likely.logprob)
-        found["top_logprobs"].append({top.text: top.logprob for top in (*token.top, token.likely)})
-        text_offset += len(token.likely.text)
+        found["token_logprobs"].append(None if likely is None else likely.logprob)
+        found["top_logprobs"].append(
+            None if likely is None else {top.text: top.logprob for top in (*token.top, likely)}
+        )
+        text_offset += len(decode(token.spelled))
     return found

@@ -16,9 +16,9 @@ import numpy as np
 from selfextend_gguf.errors import UnknownModelError
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context, plan_if_beyond, whole_cells
-from selfextend_gguf.prompt import chat_formatter
+from selfextend_gguf.prompt import Prompt, chat_formatter
 from selfextend_gguf.server.kept_prompts import KeptPrompts
-from selfextend_gguf.server.logprobs import Chosen
+from selfextend_gguf.server.logprobs import Chosen, PromptNotes
 from selfextend_gguf.server.messages import Message, render
 from selfextend_gguf.server.sharing import Share, Shared, SharingLlama
 from selfextend_gguf.server.turns import Ticket, Turns
@@ -80,9 +80,11 @@ class ServedModel:
             )
         )
 
-    def text_of(self, prompt: str | Sequence[int]) -> str:
-        """The text of a prompt that may be tokens. Raises TextError."""
-        return prompt if isinstance(prompt, str) else self.info.tokenizer.detokenize(prompt).decode("utf-8", "replace")
+    def text_of(self, prompt: str | Sequence[int], *, special: bool = False) -> str:
+        """The text of a prompt that may be tokens, control tokens left out unless `special`. Raises TextError."""
+        if isinstance(prompt, str):
+            return prompt
+        return self.info.tokenizer.detokenize(prompt, special=special).decode("utf-8", "replace")
 
     def describe(self) -> dict[str, Any]:
         """The model as an entry of /v1/models."""
@@ -112,6 +114,16 @@ class ServedLlama(SharingLlama):
             if not llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
                 self.answer.append(self._noted(token))
             yield token
+
+    @contextlib.contextmanager
+    def noting_prompt(self, prompt: Prompt, begin: int) -> Iterator[list[Chosen]]:
+        """Inside, a prompt is read from its beginning; its tokens from `begin` on come into the list meanwhile."""
+        notes = PromptNotes(prompt.tokens, begin, self.n_top or 0, functools.partial(self.detokenize, special=True))
+        self.on_logits, self.reads_anew = notes.note, True
+        try:
+            yield notes.tokens
+        finally:
+            self.on_logits, self.reads_anew = None, False
 
     def _noted(self, token: int) -> Chosen:
         if self.n_top is None:

@@ -111,12 +111,17 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_what_would_be_missed(self) -> Request:
-        if self.max_tokens == 0:
+        if self.max_tokens == 0 and not self.may_be_empty:
             raise ValueError("max_tokens: Input should be at least 1, or -1 for as many as the context has room for")
         for name in sorted(_MISSED.keys() & self.unknown):
             if self.unknown[name]:  # what is false or empty asks for nothing
                 raise ValueError(f"{name} is not supported: {_MISSED[name]}")
         return self
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether an answer of no tokens makes sense."""
+        return False
 
     @property
     def unknown(self) -> Mapping[str, Any]:
@@ -178,9 +183,12 @@ class CompletionRequest(Request):
             raise ValueError(f"best_of is not supported: ask for n={self.best_of} and choose")
         if self.echo and self.stream:
             raise ValueError("echo and stream cannot be combined")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs with echo are not supported: the logits of a prompt are not kept")
         return self
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether an answer of no tokens makes sense: beside what is echoed."""
+        return self.echo
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

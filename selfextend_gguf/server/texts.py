@@ -1,4 +1,4 @@
-"""Endpoints around texts and tokens, as llama.cpp's and llama-cpp-python's servers have them."""
+"""Endpoints around texts and tokens, as llama.cpp's, vLLM's and llama-cpp-python's servers have them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from starlette.concurrency import run_in_threadpool
 
 from selfextend_gguf.errors import ConfigError
@@ -30,6 +30,14 @@ class Content(_Body):
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_vllm(cls, values: Any) -> Any:
+        """The same as vLLM's clients send it."""
+        if isinstance(values, dict) and "prompt" in values and "content" not in values:
+            values = {**values, "content": values["prompt"], "add_special": values.get("add_special_tokens", True)}
+        return values
 
 
 class Input(_Body):
@@ -82,7 +90,13 @@ def text_router(models: OneModelAtATime) -> APIRouter:
 
     @router.post("/detokenize")
     async def detokenize(body: Tokens) -> dict[str, Any]:
-        return {"content": await run_in_threadpool(spell, models.find(body.model), body.tokens)}
+        text = await run_in_threadpool(spell, models.find(body.model), body.tokens)
+        return {"content": text, "prompt": text}  # the latter as vLLM's clients expect it
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> dict[str, Any]:
+        found = properties(models.find(model))
+        return {name: found[name] or None for name in ("bos_token", "eos_token", "chat_template")}
 
     @router.post("/apply-template")
     async def apply_template(body: ChatRequest) -> dict[str, Any]:
