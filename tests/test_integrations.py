@@ -258,3 +258,50 @@ def test_llm_says_what_is_wrong(tmp_path, arguments, error):
     assert done.stderr.startswith("Error: ")
     assert error in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ---- lm-evaluation-harness -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory) -> tuple[Path, list[tuple[str, str]]]:
+    """A task in files of its own: which word goes on with a text longer than the trained context."""
+    pytest.importorskip("lm_eval")
+    folder = tmp_path_factory.mktemp("task")
+    context = "And it came to pass in those days, that there went out a decree. " * 6 + "And the king said unto"
+    pairs = [(context, word) for word in (" them", " zebra")]
+    rows = [{"context": context, "choices": [word for _, word in pairs], "answer": 0}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "word.yaml").write_text(
+        "task: word\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {folder / 'rows.jsonl'}\n"
+        'doc_to_text: "{{context}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\ntarget_delimiter: ""\n'
+        "metric_list:\n  - metric: acc\n"
+    )
+    return folder, pairs
+
+
+@pytest.mark.parametrize("backend", ["gguf", "local-completions"])
+def test_lm_evaluation_harness(server, model, scored, backend, monkeypatch):
+    """Its scores are the model's own, and it evaluates a task."""
+    folder, pairs = scored
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+    from lm_eval.tasks import TaskManager
+
+    where = f"{server.url}/v1/completions" if backend == "local-completions" else server.url
+    lm = get_model(backend).create_from_arg_string(f"base_url={where},model={model},max_length=1024")
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    got = [score for score, _ in lm.loglikelihood(asked)]
+    llm = selfextend_gguf.Llama(str(TINY_MODEL), n_ctx=1024, logits_all=True, verbose=False)
+    for (context, word), score in zip(pairs, got, strict=True):
+        told = llm(context + word, max_tokens=1, echo=True, logprobs=1)["choices"][0]["logprobs"]
+        assert score == pytest.approx(sum(told["token_logprobs"][-1 - len(word) : -1]), abs=1e-3)
+    llm.close()
+    assert got[0] > got[1]
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    results = simple_evaluate(lm, tasks=["word"], task_manager=manager, bootstrap_iters=0)
+    assert results["results"]["word"]["acc,none"] == 1
