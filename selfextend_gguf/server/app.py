@@ -22,6 +22,7 @@ from selfextend_gguf.server.jobs import Job, chat_job, chat_prompt, completion_j
 from selfextend_gguf.server.limits import RequestLimits
 from selfextend_gguf.server.metrics import Metrics
 from selfextend_gguf.server.models import OneModelAtATime
+from selfextend_gguf.server.page import document_router, page_router
 from selfextend_gguf.server.requests import ChatRequest, CompletionRequest
 from selfextend_gguf.server.requests import Request as Body
 from selfextend_gguf.server.responses import ResponsesForm, ResponsesRequest
@@ -138,5 +139,7 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         return metrics.response()
 
     app.include_router(text_router(models), dependencies=with_key)
+    app.include_router(document_router(), dependencies=with_key)
+    app.include_router(page_router())
 
     return app

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from selfextend_gguf.errors import (
     ConfigError,
     ContextFullError,
+    DocumentError,
     GrammarError,
     QueueFullError,
     RequestStoppedError,
@@ -31,6 +32,7 @@ _REQUEST_ERRORS: dict[type[Exception], tuple[int, str | None]] = {
     GrammarError: (400, None),
     ConfigError: (400, None),
     TextError: (400, None),
+    DocumentError: (400, None),
     RequestStoppedError: (503, None),
     QueueFullError: (503, None),
 }

@@ -17,6 +17,7 @@ from selfextend_gguf.errors import UnknownModelError
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context, plan_if_beyond, whole_cells
 from selfextend_gguf.prompt import Prompt, chat_formatter
+from selfextend_gguf.schedule import SelfExtendConfig
 from selfextend_gguf.server.kept_prompts import KeptPrompts
 from selfextend_gguf.server.logprobs import Chosen, PromptNotes
 from selfextend_gguf.server.messages import Message, render
@@ -35,6 +36,7 @@ class ServedModel:
     alias: str
     info: ModelInfo
     n_ctx: int  #: extended context in tokens
+    self_extend: SelfExtendConfig | None  #: None = the context is within the trained one
     template: ChatTemplate | None  #: the model's chat template, if it has one
     arguments: dict[str, Any]  #: of `Llama`, besides path and context
     keep: Callable[[], KeptPrompts]  #: where its prompts are kept while it is loaded
@@ -54,12 +56,12 @@ class ServedModel:
         info = ModelInfo(path, verbose=arguments["verbose"], **templates)
         parameters = {name: arguments[name] for name in PARAMETERS}
         n_ctx = whole_cells(ctx or default_context(info.n_ctx_train, **parameters))
-        plan_if_beyond(info.n_ctx_train, n_ctx, **parameters)
+        self_extend = plan_if_beyond(info.n_ctx_train, n_ctx, **parameters)
         template = None
         if info.chat_template:
             template = chat_formatter(info)
             template.check()  # rather now than with each request
-        return cls(alias, info, n_ctx, template, arguments, keep)
+        return cls(alias, info, n_ctx, self_extend, template, arguments, keep)
 
     def load(self) -> ServedLlama:
         """Load the model. Raises what `Llama` raises."""

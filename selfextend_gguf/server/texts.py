@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -138,6 +139,7 @@ def properties(model: ServedModel) -> dict[str, Any]:
         "model_path": model.info.path.name,  # clients need not know where
         "default_generation_settings": {"n_ctx": model.n_ctx},
         "n_ctx_train": model.info.n_ctx_train,
+        "self_extend": None if model.self_extend is None else asdict(model.self_extend),
         "total_slots": 1,
         "chat_template": model.info.chat_template or "",
         "bos_token": text(info.token_bos()),
