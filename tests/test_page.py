@@ -1,6 +1,6 @@
 """The server's page in a real browser: Chromium, which Playwright drives.
 
-Skipped where either is missing: `pip install '.[browser]'`, and Chromium or Chrome, as `SX_GGUF_TEST_CHROMIUM` names it.
+Skipped where either is missing: `pip install '.[browser]'`, and Chromium or Chrome (`SX_GGUF_TEST_CHROMIUM` names it).
 """
 
 from __future__ import annotations
