@@ -22,6 +22,7 @@ from selfextend_gguf.server.jobs import Job, chat_job, chat_prompt, completion_j
 from selfextend_gguf.server.limits import RequestLimits
 from selfextend_gguf.server.metrics import Metrics
 from selfextend_gguf.server.models import OneModelAtATime
+from selfextend_gguf.server.native import NativeForm, NativeRequest
 from selfextend_gguf.server.page import document_router, page_router
 from selfextend_gguf.server.requests import ChatRequest, CompletionRequest
 from selfextend_gguf.server.requests import Request as Body
@@ -101,6 +102,16 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         echoed = [model.text_of(prompt, special=True) for prompt in body.prompts] if body.echo else None
         return await complete(body, job, CompletionForm(job, body, echoed))
 
+    @app.post("/completion", dependencies=with_key, response_model=None)
+    @app.post("/completions", dependencies=with_key, response_model=None)
+    async def native_completion(body: NativeRequest) -> Any:
+        check_fields(body)
+        model = models.find(body.model)
+        job = await run_in_threadpool(completion_job, body, model)
+        prompts = [model.text_of(prompt.tokens, special=True) for prompt in job.prompts]
+        return await complete(body, job, NativeForm(job, body, prompts))
+
+    @app.post("/chat/completions", dependencies=with_key, response_model=None)
     @app.post("/v1/chat/completions", dependencies=with_key, response_model=None)
     async def chat_completions(body: ChatRequest) -> Any:
         return await chat(body, ChatForm)
@@ -119,6 +130,7 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         prompt = await run_in_threadpool(chat_prompt, body, models.find(body.model))
         return {"input_tokens": len(prompt.tokens)}
 
+    @app.get("/models", dependencies=with_key)
     @app.get("/v1/models", dependencies=with_key)
     @app.get("/v1/models/", dependencies=with_key)
     async def list_models() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from selfextend_gguf.server.messages import render
 from selfextend_gguf.server.models import ServedModel
 from selfextend_gguf.server.requests import ChatRequest, CompletionRequest, Request
 from selfextend_gguf.templates import check_variables
-from selfextend_gguf.tokenizer import restore
+from selfextend_gguf.tokenizer import Tokenizer, restore
 from selfextend_gguf.tool_calls.families import GENERIC
 from selfextend_gguf.tool_calls.reading import ArgumentsReader, CallReader, Reader, TextReader
 
@@ -82,14 +82,32 @@ def completion_job(body: CompletionRequest, model: ServedModel) -> Job:
     tokenizer, n_vocab = model.info.tokenizer, model.info.model.n_vocab()
     # Special tokens are recognised, since whoever needs a template writes it here.
     prompts = [
-        tokenizer.tokens(prompt, special=True) if isinstance(prompt, str) else check_tokens(prompt, n_vocab)
+        tokenizer.tokens(prompt, special=True)
+        if isinstance(prompt, str)
+        else check_tokens(_joined(prompt, tokenizer), n_vocab)
         for prompt in body.prompts
     ]
     job = _job(body, model, [Prompt(tokens, body.stops) for tokens in prompts], n_top=body.logprobs)
     if body.echo and body.logprobs is not None:
         begins = [_begin_of(prompt, tokens, model) for prompt, tokens in zip(body.prompts, prompts, strict=True)]
         job = replace(job, scored_from=begins)
+    if body.json_schema is not None:
+        if body.grammar is not None:
+            raise GrammarError("only one of grammar and json_schema can give the form of the answer")
+        form(body.json_schema)
+        job = replace(job, schema=body.json_schema)
     return _checked(job, model)
+
+
+def _joined(prompt: Sequence[int | str], tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a prompt that is made of tokens and texts."""
+    tokens: list[int] = []
+    for part in prompt:
+        if isinstance(part, str):
+            tokens += tokenizer.tokens(part, special=True, begins=not tokens)
+        else:
+            tokens.append(part)
+    return tokens
 
 
 def _begin_of(prompt: object, tokens: Sequence[int], model: ServedModel) -> int:
@@ -224,9 +242,10 @@ def _bias(body: Request, model: ServedModel) -> dict[int, float]:
     n_vocab = model.info.model.n_vocab()
     bias: dict[int, float] = {}
     for token, value in body.logit_bias.items():
-        if body.logit_bias_type == "tokens":
+        is_number = token.isascii() and token.isdigit()
+        if body.logit_bias_type == "tokens" or (body.biases_texts and not is_number):
             bias |= dict.fromkeys(model.info.tokenizer.tokens(token, special=True, begins=False), value)
-        elif token.isascii() and token.isdigit() and int(token) < n_vocab:
+        elif is_number and int(token) < n_vocab:
             bias[int(token)] = value
         else:
             raise ConfigError(f"logit_bias has {token!r}, which is no token of the model (0 to {n_vocab - 1})")

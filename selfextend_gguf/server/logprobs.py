@@ -19,6 +19,7 @@ _LEAST = -9999.0  # OpenAI's for what is impossible, for which JSON has no numbe
 class Likely:
     """A token at a place, and how likely it is there."""
 
+    id: int
     spelled: bytes
     logprob: float
 
@@ -36,6 +37,7 @@ class Likely:
 class Chosen:
     """A token of an answer, or of a prompt; `likely` and `top` are None where nobody asked for them."""
 
+    id: int
     spelled: bytes
     likely: Likely | None = None
     top: Sequence[Likely] = ()
@@ -53,8 +55,8 @@ class Chosen:
         logprobs = log_softmax(logits)
         some = np.argpartition(-logprobs, min(n_top, len(logprobs) - 1))[:n_top]
         order = some[np.lexsort((some, -logprobs[some]))].tolist()
-        likely = [Likely(spell([t]), max(float(logprobs[t]), _LEAST)) for t in (token, *order)]
-        return cls(likely[0].spelled, likely[0], likely[1:])
+        likely = [Likely(t, spell([t]), max(float(logprobs[t]), _LEAST)) for t in (token, *order)]
+        return cls(token, likely[0].spelled, likely[0], likely[1:])
 
 
 class PromptNotes:
@@ -66,7 +68,7 @@ class PromptNotes:
         self._begin = begin
         self._n_top = n_top
         self._spell = spell
-        self.tokens = [Chosen(spell([prompt[0]]))] if begin == 0 else []
+        self.tokens = [Chosen(prompt[0], spell([prompt[0]]))] if begin == 0 else []
 
     def note(self, position: int, logits: npt.NDArray[np.single]) -> None:
         """The logits (n, n_vocab) of the tokens from `position` on."""

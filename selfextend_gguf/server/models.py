@@ -129,7 +129,7 @@ class ServedLlama(SharingLlama):
 
     def _noted(self, token: int) -> Chosen:
         if self.n_top is None:
-            return Chosen(self.detokenize([token]))
+            return Chosen(token, self.detokenize([token]))
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, -1), (self._n_vocab,))
         return Chosen.among(logits, token, self.n_top, self.detokenize)
 

@@ -124,6 +124,11 @@ class Request(BaseModel):
         return False
 
     @property
+    def biases_texts(self) -> bool:
+        """Whether a key of `logit_bias` that is no number is a text."""
+        return self.logit_bias_type == "tokens"
+
+    @property
     def unknown(self) -> Mapping[str, Any]:
         """Fields that are left out."""
         return self.model_extra or {}
@@ -176,6 +181,7 @@ class CompletionRequest(Request):
     best_of: int = 1
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=100)
+    json_schema: dict[str, Any] | None = None  # as in llama.cpp's server
 
     @model_validator(mode="after")
     def _refuse_what_is_not_there(self) -> CompletionRequest:
