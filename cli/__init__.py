@@ -6,21 +6,26 @@ import click
 
 from selfextend_gguf import __version__
 
-from .bench import bench
-from .chat import chat
-from .completion import completion
-from .demo import demo
 from .errors import ErrorHandlingGroup
-from .evaluate import evaluate
-from .info import info
-from .models import models
-from .run import run
-from .serve import serve
-from .settings import let_variables_set
-from .tune import tune
+from .lazy import LazyCommands
+
+COMMANDS = LazyCommands(
+    {
+        "run": "Complete a prompt of any length.",
+        "chat": "Talk with a model; /help lists the commands.",
+        "serve": "Serve models over HTTP with OpenAI's API.",
+        "info": "Show what a model is, and what Self-Extend does with it.",
+        "models": "List the models that are there.",
+        "demo": "Let the bundled model find a key beyond its trained context.",
+        "bench": "Compare time and memory with plain llama.cpp.",
+        "eval": "Measure a model beyond its trained context.",
+        "tune": "Try Self-Extend's parameters on a text, and print the best.",
+        "completion": "Print a script: completion for bash, zsh or fish.",
+    }
+)
 
 
-@click.group(cls=ErrorHandlingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=ErrorHandlingGroup, commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Read texts longer than a GGUF model's trained context, with Self-Extend on llama.cpp.
@@ -33,8 +38,3 @@ def main() -> None:
         sx-gguf demo
         sx-gguf run model.gguf -f book.txt -p "Who is the narrator?"
     """
-
-
-for command in (run, chat, serve, info, models, demo, bench, evaluate, tune, completion):
-    main.add_command(command)
-let_variables_set(main)

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import click
 
-from selfextend_gguf._native import silence_log
 from selfextend_gguf.errors import SelfExtendError
 
-from .options import VERBOSE
+from .lazy import LazyCommands
 from .settings import blame, read_settings
 
+VERBOSE = "selfextend_gguf.verbose"  #: in the metadata that click's contexts share
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXPECTED = (SelfExtendError, OSError, MemoryError)
 T = TypeVar("T")
@@ -62,7 +62,15 @@ class ErrorHandlingGroup(click.Group):
                 typed.append(argument)
         return super().parse_args(ctx, typed)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands and what they do, of which none is imported."""
+        assert isinstance(self.commands, LazyCommands)
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(self.commands.help_lines.items()))
+
     def invoke(self, ctx: click.Context) -> Any:
+        from selfextend_gguf._native import silence_log  # llama.cpp's, which a help does without
+
         silence_log()  # -v restores it
         try:
             with warnings.catch_warnings():

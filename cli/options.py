@@ -32,6 +32,7 @@ from selfextend_gguf.schedule import SCHEDULES, TRUSTED_DISTANCES
 from selfextend_gguf.stores import model_path
 from selfextend_gguf.templates import ChatTemplate, check_variables
 
+from .errors import VERBOSE
 from .settings import precedence
 from .texts import read_text
 
@@ -79,7 +80,6 @@ def _be_verbose(context: click.Context, _: click.Parameter, value: bool) -> bool
     return value
 
 
-VERBOSE = "selfextend_gguf.verbose"  #: in the metadata that click's contexts share
 verbose_option = click.option(
     "-v",
     "--verbose",

@@ -9,19 +9,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from platformdirs import user_config_path
 
 from selfextend_gguf.errors import ConfigError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FILE_VARIABLE = "SX_GGUF_CONFIG"  #: names another file, and therefore no option
 _PREFIX = "SX_GGUF"
@@ -66,10 +62,10 @@ def variables(path: tuple[str, ...], option: click.Option) -> list[str]:
     return [name for name in names if name != FILE_VARIABLE]
 
 
-def let_variables_set(group: click.Group) -> None:
-    """Let each option below `group` be given by its environment variables."""
-    for path, command in leaves(group):
-        for option in settable(command):
+def let_variables_set(command: click.Command, name: str) -> None:
+    """Let each option of a command of the program, and of those below it, be given by its environment variables."""
+    for path, leaf in leaves(command, name):
+        for option in settable(leaf):
             option.envvar = variables(path, option)
 
 
@@ -78,6 +74,10 @@ def let_variables_set(group: click.Group) -> None:
 
 def settings_file() -> Path:
     """Where the settings are, whether or not there are any."""
+    from pathlib import Path
+
+    from platformdirs import user_config_path  # neither is for a help
+
     named = os.environ.get(FILE_VARIABLE)
     return Path(named) if named else user_config_path("sx-gguf") / "config.toml"
 
@@ -94,6 +94,10 @@ def read_settings(group: click.Group) -> dict[str, Any]:
         if os.environ.get(FILE_VARIABLE):
             raise
         return {}
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
     try:
         settings = tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 from helpers import SHAPES
+from processes import run_python
 
 from selfextend_gguf import plan, planning
 from selfextend_gguf.cli import main
@@ -547,3 +548,21 @@ def test_llama_cpps_reason_is_given_when_it_makes_no_context(model):
     result = invoke("run", str(model("deepseek2 (MLA)")), "x" * 100, "-ctk", "q8_0", "-n", "1")
     assert result.exit_code == 1
     assert "model does not support different K (q8_0) and V (f16) cache types" in result.stderr
+
+
+# ---- start -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_of_commands_says_what_they_say_themselves():
+    for name, command in main.commands.items():
+        assert (command.name, main.commands.help_lines[name]) == (name, command.get_short_help_str(80))
+    with pytest.raises(TypeError):
+        main.commands["other"] = main.commands["run"]
+
+
+def test_a_help_needs_neither_llama_cpp_nor_numpy():
+    code = (
+        "import sys\nfrom selfextend_gguf.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    print({'llama_cpp', 'numpy', 'jinja2'} & set(sys.modules))"
+    )
+    assert run_python(code).stdout.endswith("set()\n")
