@@ -63,7 +63,7 @@ from .texts import read_text
     help="Folder that keeps prompts beyond the end of the server, within the size of --cache-ram.",
 )
 @click.option("--prompt-cache-ro", type=click.Path(path_type=Path), help="The same, but nothing is written there.")
-@click.option("--strict", is_flag=True, help="Refuse requests with unknown fields instead of ignoring these.")
+@click.option("--strict", is_flag=True, help="Refuse unknown fields, and other models' names.")
 @click.option(
     "--reasoning-format",
     type=click.Choice(["auto", "none"]),
@@ -149,7 +149,7 @@ def serve(
     )
     with listen(host, port) as listener:
         port = listener.getsockname()[1]
-        offered = OneModelAtATime(served)
+        offered = OneModelAtATime(served, any_name=not strict)
         app = create_app(offered, settings, verbose=verbose)
         contexts = ", ".join(f"{m.alias} (trained on {m.info.n_ctx_train} tokens, reads {m.n_ctx})" for m in served)
         click.echo(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}: {contexts}")

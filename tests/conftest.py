@@ -85,7 +85,7 @@ def model_says(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         def generate(self, *args, **kwargs):
             self.answer = []
             for byte in text.encode():
-                self.answer.append(Chosen(bytes([byte])))
+                self.answer.append(Chosen(byte, bytes([byte])))
                 yield byte
             yield 0  # which ends an answer
 

@@ -95,7 +95,7 @@ def serving(
         ServedModel.from_file(path, name, ctx, ARGUMENTS, lambda: KeptPrompts(cache), **templates)
         for name, path in models.items()
     ]
-    offered = OneModelAtATime(served)
+    offered = OneModelAtATime(served, any_name=settings is None or not settings.strict)
     offered.load_first()
     app = create_app(offered, settings or Settings())
     server = uvicorn.Server(configuration(app, log_level="critical"))

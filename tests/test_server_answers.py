@@ -350,3 +350,45 @@ def test_a_streamed_call_has_its_name_and_identifier_once(server):
     )
     cut = chat(server, max_tokens=2, tools=[TOOL], tool_choice="required")["choices"][0]
     assert cut["finish_reason"] == "length"
+
+
+# ---- as clients of other servers ask ---------------------------------------------------------------------------------
+
+
+def test_a_single_model_answers_to_any_name(server, strict_server):
+    assert complete(server, "And", model="gpt-4o", max_tokens=1)["model"] == "tiny"
+    assert HTTP.get(f"{server.url}/v1/models/gpt-4o").status_code == 404
+    body, key = {"prompt": "And", "model": "gpt-4o"}, {"Authorization": "Bearer one"}
+    assert HTTP.post(f"{strict_server.url}/v1/completions", json=body, headers=key).status_code == 404
+
+
+def test_paths_without_a_version_and_counts(server):
+    wanted = chat(server)["choices"][0]["message"]["content"]
+    body = {"messages": MESSAGES, "temperature": 0, "max_tokens": 8}
+    assert HTTP.post(f"{server.url}/chat/completions", json=body).json()["choices"][0]["message"]["content"] == wanted
+    assert HTTP.get(f"{server.url}/models").json()["data"][0]["id"] == "tiny"
+    n = chat(server)["usage"]["prompt_tokens"]
+    for path in ("/chat/completions/input_tokens", "/v1/chat/completions/input_tokens"):
+        assert HTTP.post(server.url + path, json={"messages": MESSAGES}).json() == {"input_tokens": n}
+    counted = HTTP.post(f"{server.url}/v1/responses/input_tokens", json={"input": "Say"}).json()
+    assert counted == {"object": "response.input_tokens", "input_tokens": n}
+
+
+def test_a_schema_as_llama_cpps_clients_send_it(server):
+    answer = chat(server, json_schema=SCHEMA, max_tokens=40)["choices"][0]["message"]["content"]
+    assert json.loads(answer)["city"] in ("Rome", "Joppa")
+    both = {"messages": MESSAGES, "json_schema": SCHEMA, "response_format": {"type": "json_object"}}
+    assert HTTP.post(f"{server.url}/v1/chat/completions", json=both).status_code == 400
+
+
+def test_whether_the_last_message_is_continued_can_be_said(server):
+    begun = [*MESSAGES, {"role": "assistant", "content": "Once"}]
+
+    def n_tokens(**more: object) -> int:
+        return chat(server, messages=begun, **more)["usage"]["prompt_tokens"]
+
+    assert n_tokens(continue_final_message=True, add_generation_prompt=False) == n_tokens()
+    assert n_tokens(add_generation_prompt=True) == n_tokens(continue_final_message=False) > n_tokens()
+    for messages, more in ((begun, {"add_generation_prompt": True}), (MESSAGES, {})):
+        body = {"messages": messages, "continue_final_message": True, **more}
+        assert HTTP.post(f"{server.url}/v1/chat/completions", json=body).status_code == 400

@@ -40,7 +40,7 @@ def post(server, path: str, body: dict):
         ("/tokenize", {"content": "\xe9", "with_pieces": True},
          {"tokens": [{"id": 0xC3, "piece": [0xC3]}, {"id": 0xA9, "piece": [0xA9]}]}),
         ("/tokenize", {"content": "a", "with_pieces": True}, {"tokens": [{"id": 97, "piece": "a"}]}),
-        ("/detokenize", {"tokens": [83, 97, 121]}, {"content": "Say"}),
+        ("/detokenize", {"tokens": [83, 97, 121]}, {"content": "Say", "prompt": "Say"}),
         ("/extras/tokenize", {"input": "Say"}, {"tokens": [83, 97, 121]}),
         ("/extras/tokenize/count", {"input": "Say"}, {"count": 3}),
         ("/extras/detokenize", {"tokens": [83, 97]}, {"text": "Sa"}),

@@ -94,6 +94,11 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
             body, job, make(job, body, (body.reasoning_format or settings.reasoning_format) != "none")
         )
 
+    async def count_tokens(body: ChatRequest) -> dict[str, int]:
+        check_fields(body)
+        prompt = await run_in_threadpool(chat_prompt, body, models.find(body.model))
+        return {"input_tokens": len(prompt.tokens)}
+
     @app.post("/v1/completions", dependencies=with_key, response_model=None)
     async def completions(body: CompletionRequest) -> Any:
         check_fields(body)
@@ -116,6 +121,7 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
     async def chat_completions(body: ChatRequest) -> Any:
         return await chat(body, ChatForm)
 
+    @app.post("/responses", dependencies=with_key, response_model=None)
     @app.post("/v1/responses", dependencies=with_key, response_model=None)
     async def responses(body: ResponsesRequest) -> Any:
         return await chat(body, ResponsesForm)
@@ -125,10 +131,17 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
         return await chat(body, MessagesForm)
 
     @app.post("/v1/messages/count_tokens", dependencies=with_key)
-    async def count_tokens(body: MessagesRequest) -> dict[str, int]:
-        check_fields(body)
-        prompt = await run_in_threadpool(chat_prompt, body, models.find(body.model))
-        return {"input_tokens": len(prompt.tokens)}
+    async def count_of_messages(body: MessagesRequest) -> dict[str, int]:
+        return await count_tokens(body)
+
+    @app.post("/v1/responses/input_tokens", dependencies=with_key)
+    async def count_of_responses(body: ResponsesRequest) -> dict[str, Any]:
+        return {"object": "response.input_tokens", **await count_tokens(body)}
+
+    @app.post("/chat/completions/input_tokens", dependencies=with_key)
+    @app.post("/v1/chat/completions/input_tokens", dependencies=with_key)
+    async def count_of_chat(body: ChatRequest) -> dict[str, int]:
+        return await count_tokens(body)
 
     @app.get("/models", dependencies=with_key)
     @app.get("/v1/models", dependencies=with_key)
@@ -138,7 +151,7 @@ def create_app(models: OneModelAtATime, settings: Settings, *, verbose: bool = F
 
     @app.get("/v1/models/{name:path}", dependencies=with_key)
     async def one_model(name: str) -> dict[str, Any]:
-        return models.find(name).describe()
+        return models.named(name).describe()
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:

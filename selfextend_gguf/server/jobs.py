@@ -197,7 +197,7 @@ def _rendered(
         "tool_choice": body.tool_choice if tools else None,
     }
     messages, begun = body.messages, ""
-    if len(messages) > 1 and messages[-1].is_begun_answer:
+    if body.continues:
         messages, begun = messages[:-1], messages[-1].content
 
     def render_marked(plain: list[dict[str, Any]]) -> tuple[str, Any, list[str]]:

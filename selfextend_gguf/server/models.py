@@ -137,11 +137,13 @@ class ServedLlama(SharingLlama):
 class OneModelAtATime:
     """The models, of which one is loaded. Whoever has the turn works with it."""
 
-    def __init__(self, models: list[ServedModel]) -> None:
+    def __init__(self, models: list[ServedModel], *, any_name: bool = True) -> None:
+        """`any_name`: whether a single model answers to other names too, as many clients have one built in."""
         self.has_loaded = False  #: whether a model was ever loaded
         self.turns = Turns()
         self._models = {model.alias: model for model in models}
         self._default = models[0].alias
+        self._any_name = any_name and len(models) == 1
         self._alias: str | None = None
         self._loaded: ServedLlama | None = None
         self._shared: Shared[ServedLlama] | None = None
@@ -179,9 +181,13 @@ class OneModelAtATime:
         return "loading" if self._shared is None or self._loading.is_set() else "ok"
 
     def find(self, name: str | None) -> ServedModel:
-        """The model of that name, the first one for None. Raises UnknownModelError."""
+        """The model for requests that name it so, the first one for None. Raises UnknownModelError."""
+        return self.named(self._default if name is None or self._any_name else name)
+
+    def named(self, name: str) -> ServedModel:
+        """The model of that name. Raises UnknownModelError."""
         try:
-            return self._models[self._default if name is None else name]
+            return self._models[name]
         except KeyError:
             raise UnknownModelError(f"the model {name!r} does not exist; there is {', '.join(self._models)}") from None
 

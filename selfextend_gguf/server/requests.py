@@ -221,6 +221,8 @@ class ChatRequest(Request):
     reasoning_effort: Text | None = None
     reasoning_format: Literal["auto", "deepseek", "none"] | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -232,11 +234,29 @@ class ChatRequest(Request):
         for name in ("response_format", "tools", "functions"):
             if values.get(name) is None:
                 values.pop(name, None)
+        if values.get("json_schema") is not None:  # as in llama.cpp's server
+            if "response_format" in values:
+                raise ValueError("only one of response_format and json_schema can give the form of the answer")
+            values["response_format"] = {"type": "json_object", "schema": values.pop("json_schema")}
         if "response_format" in values:
             values["response_format"] = json_format(values["response_format"])
         if values.get("modalities", ["text"]) not in (None, ["text"]):
             raise ValueError("modalities: answers are texts")
         return values
+
+    @model_validator(mode="after")
+    def _continue_what_can_be(self) -> ChatRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        if self.continue_final_message and not self.messages[-1].is_begun_answer:
+            raise ValueError("continue_final_message: the last message must be an answer, of role assistant")
+        return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the last message is an answer to go on with."""
+        wants = not self.add_generation_prompt and self.continue_final_message is not False
+        return wants and len(self.messages) > 1 and self.messages[-1].is_begun_answer
 
     @model_validator(mode="after")
     def _know_the_tools(self) -> ChatRequest:
