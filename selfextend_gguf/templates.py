@@ -143,7 +143,7 @@ class ChatTemplate(ChatFormatter):
         """
         given = {name: value for name, value in variables.items() if value is not None}
         tokens = {"bos_token": self._bos_token, "eos_token": self._eos_token}
-        all_variables = {**self._variables, **given, **tokens}
+        all_variables = {**_usual_variables(), **self._variables, **given, **tokens}
         try:
             text = self._ask(all_variables)["text"]
         except TemplateError as error:
@@ -158,9 +158,6 @@ class ChatTemplate(ChatFormatter):
             others = {"messages": messages}
         elif "NoneType" in str(error):
             others = {name: empty for name, empty in _NONE_OF_THEM.items() if variables[name] is None}
-            others |= {
-                "datetime": datetime.now(timezone.utc).strftime("%b %d %Y %H:%M:%S GMT")
-            }  # as Firefunction takes it
         if not others:
             raise error
         try:
@@ -177,6 +174,17 @@ class ChatTemplate(ChatFormatter):
         if "error" in answer:
             raise TemplateError(f"the model's chat template {answer['error']}")
         return answer
+
+
+def _usual_variables() -> dict[str, Any]:
+    """What llama.cpp gives every template. Without the first, some end a thought before it begins; without the date,
+    others name one of 2024."""
+    now = datetime.now(timezone.utc)
+    return {
+        "enable_thinking": True,
+        "date_string": now.strftime("%d %b %Y"),
+        "datetime": now.strftime("%b %d %Y %H:%M:%S GMT"),
+    }
 
 
 def chat_template(

@@ -389,6 +389,18 @@ def test_whether_the_last_message_is_continued_can_be_said(server):
 
     assert n_tokens(continue_final_message=True, add_generation_prompt=False) == n_tokens()
     assert n_tokens(add_generation_prompt=True) == n_tokens(continue_final_message=False) > n_tokens()
+    asked = HTTP.post(
+        f"{server.url}/apply-template", json={"messages": MESSAGES, "add_generation_prompt": False}
+    ).json()
+    assert asked["prompt"] == "[user] Say\n[assistant] "  # this template begins answers unasked
     for messages, more in ((begun, {"add_generation_prompt": True}), (MESSAGES, {})):
         body = {"messages": messages, "continue_final_message": True, **more}
         assert HTTP.post(f"{server.url}/v1/chat/completions", json=body).status_code == 400
+
+
+def test_a_prompt_need_not_begin_an_answer():
+    template = "{{ messages[0].content }}{% if add_generation_prompt %}[assistant]{% endif %}"
+    with serving({"tiny": TINY_MODEL}, ctx=256, chat_template=template) as server:
+        for wanted, more in (("Say[assistant]", {}), ("Say", {"add_generation_prompt": False})):
+            asked = HTTP.post(f"{server.url}/apply-template", json={"messages": MESSAGES, **more})
+            assert asked.json()["prompt"] == wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,16 @@ def test_a_refused_system_message_begins_the_users_first():
 def test_a_system_message_elsewhere_stays_refused(messages):
     with pytest.raises(TemplateError, match="refuses the messages: System role not supported"):
         rendered(NO_SYSTEM, messages)
+
+
+def test_the_usual_variables_are_those_of_llama_cpp():
+    """A thought is not ended before it begins, and the date is today's, unless others are given."""
+    template = "{{ date_string }}|{{ datetime }}|<think>{% if not enable_thinking %}</think>{% endif %}"
+    day, time, thought = rendered(template, USER).split("|")
+    assert abs(datetime.strptime(day, "%d %b %Y") - datetime.now()) < timedelta(days=2)
+    assert datetime.strptime(time, "%b %d %Y %H:%M:%S GMT")
+    assert thought == "<think>"
+    assert rendered(template, USER, enable_thinking=False, date_string="d", datetime="t") == "d|t|<think></think>"
 
 
 def test_a_template_that_needs_tools_works_without():

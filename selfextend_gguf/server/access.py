@@ -53,8 +53,8 @@ def check_keys(keys: Iterable[str]) -> list[str]:
 
 
 def check_origins(origins: Iterable[str]) -> list[str]:
-    """Origins as browsers send them. Raises ConfigError."""
-    origins = [origin.strip() for origin in origins]
+    """Origins as browsers send them, without "localhost", whose pages are let in anyway. Raises ConfigError."""
+    origins = [origin.strip() for origin in origins if origin.strip() != "localhost"]
     for origin in origins:
         if not _ORIGIN.fullmatch(origin):
             raise ConfigError(f"{origin!r} is no origin: give scheme://host or scheme://host:port, or * for all")

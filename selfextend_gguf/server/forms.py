@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from selfextend_gguf import __version__
 from selfextend_gguf.generate import Timings
 from selfextend_gguf.server.answering import Read, Said
 from selfextend_gguf.server.jobs import Job
 from selfextend_gguf.server.logprobs import Chosen, of_chat, of_completion
 from selfextend_gguf.server.requests import Request
+
+_FINGERPRINT = f"selfextend-gguf-{__version__}"  # what answered: with a seed, answers are the same while it is
 
 
 @dataclass
@@ -112,6 +115,7 @@ class ChoicesForm(Form):
     def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         name = f"{self.prefix}-{self._hex}"
         known = {"id": name, "object": kind, "created": self._created, "model": self._job.alias}
+        known["system_fingerprint"] = _FINGERPRINT
         return {**known, "choices": choices, **more}
 
     def _chunk(self, choice: dict[str, Any], **more: Any) -> str:

@@ -195,6 +195,7 @@ def _rendered(
         "tools": tools or None,
         "functions": [tool["function"] for tool in tools] if body.functions and tools else None,
         "tool_choice": body.tool_choice if tools else None,
+        "add_generation_prompt": False if body.add_generation_prompt is False and not body.continues else None,
     }
     messages, begun = body.messages, ""
     if body.continues:
