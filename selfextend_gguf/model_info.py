@@ -20,6 +20,7 @@ from selfextend_gguf.handles import Model
 from selfextend_gguf.kv_cache import kv_cache_bytes
 from selfextend_gguf.stores.files import SplitName
 from selfextend_gguf.tokenizer import Tokenizer
+from selfextend_gguf.weights import check_vectors
 
 _MAGIC = b"GGUF"
 _MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
@@ -243,6 +244,7 @@ class ModelInfo(ModelHeader):
         """`kv_overrides` replace metadata, as in `Llama`, `chat_template` the model's own, which is given
         `template_variables` with the messages. Raises ModelFileError."""
         super().__init__(path, verbose=verbose, kv_overrides=kv_overrides)
+        check_vectors(self.path)
         self.tokenizer = Tokenizer(self.model)
         #: The chat template (Jinja), if there is one.
         self.chat_template = self.metadata.get("tokenizer.chat_template") if chat_template is None else chat_template

@@ -48,6 +48,8 @@ def start_server(arguments: list[str]) -> None:
         elif argument in RENAMED:
             ours += [RENAMED[argument], value]
             template = template or argument == "--chat-template-file"
+        elif (argument, value) == ("--reasoning", "off"):
+            ours += ["--chat-template-kwargs", '{"enable_thinking": false}']
     if not template:  # llama-server's own for models that have none
         file = Path(tempfile.gettempdir()) / "sx-gguf-chatml.jinja"
         file.write_text(CHATML)
@@ -131,12 +133,13 @@ def _kind(outcome: str) -> str:
 
 HEAD = """# llama-server's own tests
 
-Written by `python tests/peer_tests.py LLAMA_CPP --kept results.json`, with {release}: the tests in
-`tools/server/tests/unit` of its source, which are run from there and are no part of this repository. They start
+Written by `python tests/peer_tests.py LLAMA_CPP --kept results.json`, with {release}.
+
+The tests in `tools/server/tests/unit` of its source are run from there, and are no part of this repository. They start
 `sx-gguf serve` in place of `llama-server`, with the arguments that both know, a bundled model in place of theirs
 (stories260K, which has to be downloaded) and a ChatML template. {passed} of {all} pass, {skipped} are skipped by
-themselves. Many look for words that their model says, count its tokens, or speak of features that are none of ours;
-the reasons are below.
+themselves. Many of the others look for words that their model says, count its tokens, or speak of features that are
+none of ours: the reasons are below.
 """
 
 

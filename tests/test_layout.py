@@ -25,7 +25,7 @@ FLOORS = [
         "machine_memory",
     ],
     ["checks", "turns", "stores"],
-    ["devices"],
+    ["devices", "weights"],
     ["tiny", "schedule", "documents"],
     ["planning", "kv_cache", "reference", "grammar", "json_schema", "chat_schemas", "tool_calls"],
     ["handles", "sampling", "more_samplers", "logprobs", "templates", "template_worker"],
