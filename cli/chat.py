@@ -35,6 +35,7 @@ from selfextend_gguf.stores import name_of
 from .answer_options import KEYS, NAMES, AnswerOptions
 from .colours import coloured
 from .interrupts import deferred_interrupts
+from .last_chat import LastChat
 from .line_input import piped_messages
 from .options import (
     LIMIT,
@@ -127,7 +128,8 @@ def chat(
         try:
             cache.load(llm)
             conversation = Conversation(llm, info, system=system, raw=raw, special=special)
-            dialogue = Dialogue(conversation, llm, info, answers)
+            last = open_last_chat(keeps=is_terminal and not no_history)
+            dialogue = Dialogue(conversation, llm, info, answers, last)
             if is_terminal:
                 note(
                     f"{name_of(model)}, context {llm.n_ctx()} tokens (trained on {info.n_ctx_train}), "
@@ -138,6 +140,8 @@ def chat(
             for document in documents:
                 dialogue.put_before(document)
             read = terminal_messages(keeps_history=not no_history) if is_terminal else piped_messages()
+            if is_terminal and not no_history and last.before.exists():
+                note("/load takes up the last conversation.")
             hold(dialogue, read, is_terminal, verbose=options["verbose"])
         finally:
             cache.save(llm)
@@ -181,11 +185,23 @@ def terminal_messages(*, keeps_history: bool) -> Callable[[], str]:
     return typed_messages(completer, history)
 
 
+def open_last_chat(*, keeps: bool) -> LastChat:
+    """Where the conversation is kept."""
+    try:
+        return LastChat(keeps=keeps)
+    except OSError as error:
+        note(f"Warning: the conversation is not kept beyond the end of the program: {error}")
+        return LastChat(keeps=False)
+
+
 def hold(dialogue: Dialogue, read: Callable[[], str], is_terminal: bool, *, verbose: bool) -> None:
     """Read messages and commands and do what they ask for, to the end of input."""
     while True:
         try:
-            dialogue.handle(read())
+            try:
+                dialogue.handle(read())
+            finally:
+                dialogue.keep()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -217,8 +233,10 @@ class Dialogue:
         llm: Llama,
         info: ModelInfo,
         answers: AnswerOptions,
+        last: LastChat,
     ) -> None:
         self._conversation = conversation
+        self._last = last
         self._llm = llm
         self._info = info
         self._answers = answers
@@ -239,6 +257,14 @@ class Dialogue:
             command.action(self, argument)
         elif text.strip():
             self.say(text.removeprefix("/"))
+
+    def keep(self) -> None:
+        """Keep the conversation beyond the end of the program, as well as can be."""
+        try:
+            self._last.keep(self._conversation)
+        except OSError as error:
+            note(f"Warning: the conversation is not kept beyond the end of the program: {error}")
+            self._last = LastChat(keeps=False)
 
     @property
     def _limit(self) -> int:
@@ -366,10 +392,14 @@ class Dialogue:
         self._conversation.save_cache(_cache_of(file))
 
     def load(self, path: str) -> None:
-        file = _path(path)
+        if not path and not self._last.before.exists():
+            raise ConversationError("there is no earlier conversation: usage: /load FILE")
+        file = _path(path) if path else self._last.before
         self._conversation.load(file)
         self._attached.clear()
-        note(f"{path}: {len(self._conversation.messages)} messages loaded.")
+        note(f"{path or 'The last conversation'}: {len(self._conversation.messages)} messages loaded.")
+        if not path:
+            return  # it has no cache
         try:
             self._conversation.load_cache(_cache_of(file))
         except (PromptCacheError, OSError) as error:
@@ -438,7 +468,7 @@ COMMANDS = {
     ),
     "copy": Command("", "Copy the last answer to the clipboard.", Dialogue.copy),
     "save": Command("FILE", "Save the conversation, and its cache in FILE.kv.", Dialogue.save),
-    "load": Command("FILE", "Go on with a saved conversation.", Dialogue.load),
+    "load": Command("[FILE]", "Go on with a saved conversation, or with that of the last chat.", Dialogue.load),
     "stats": Command("", "Show the cache, the last speeds and the memory.", Dialogue.stats),
     "exit": Command("", "End; so does Ctrl-D.", Dialogue.end),
 }

@@ -91,6 +91,11 @@ class Terminal:
         self.type("\r")
         return self.until(r"^>\Z")
 
+    def kill(self, way: signal.Signals) -> None:
+        """End the program by a signal."""
+        self.program.kill(way)
+        self.exit_code()
+
     def exit_code(self) -> int:
         while self.program.isalive():
             self.read(0.1)
@@ -199,7 +204,7 @@ def test_messages_are_there_in_the_next_chat(terminal, home):
     term.until(r"long(.|\n)*^>\Z")
     term.type("\x04")
     assert term.exit_code() == 0
-    (file,) = [file for file in home.rglob("*") if file.is_file()]
+    file = next(home.rglob("chat-history"))
     assert file.stat().st_mode & 0o077 == 0
     assert file.read_text().count("\n+") == 4
 
@@ -213,6 +218,29 @@ def test_messages_are_there_in_the_next_chat(terminal, home):
     (term := terminal("chat", MODEL, "--no-history")).type("\x1b[A")
     term.enter("new")
     assert "new" not in file.read_text()
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGBUS])
+def test_a_conversation_outlives_the_program(terminal, home, way):
+    """However it ends: SIGBUS is what reading a mapped file that has been cut off ends in."""
+    term = terminal("chat", MODEL, "-n", "4", "--temp", "0")
+    assert not any("/load" in line for line in term.lines())
+    answer = term.enter("hello")[-2]
+    term.kill(way)
+    (file,) = [file for file in home.rglob("last-chat.json") if file.is_file()]
+    assert file.stat().st_mode & 0o077 == 0
+    term = terminal("chat", MODEL, "-n", "4", "--temp", "0")
+    assert any("/load takes up the last conversation." in line for line in term.lines())
+    assert term.enter("/load")[-2] == "The last conversation: 2 messages loaded."
+    assert term.enter("/regen")[-2] == answer
+    assert json.loads(file.read_text())["messages"][0] == {"role": "user", "content": "hello"}
+    assert piped(lines="/load\n/stats\n").stderr.splitlines()[1] == "The last conversation: 2 messages loaded."
+
+
+def test_no_history_keeps_no_conversation(terminal, home):
+    terminal("chat", MODEL, "-n", "1", "--no-history").enter("hello")
+    assert not list(home.rglob("*.json"))
+    assert "Error: there is no earlier conversation: usage: /load FILE" in piped(lines="/load\n").stderr
 
 
 def test_a_history_that_cannot_be_written_is_a_warning(terminal, home):
