@@ -37,8 +37,8 @@ class Generation(jinja2.ext.Extension):
 
 
 def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Jinja's own would escape what HTML does."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    """Jinja's own would escape what HTML does. What filters such as `map` make is a list, as in llama.cpp."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, default=list, **options)
 
 
 class Refusal(Exception):

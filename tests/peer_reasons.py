@@ -11,6 +11,7 @@ _POST = "`post_sampling_probs`: probabilities are the model's, before any sample
 _PRINT = "`system_fingerprint` begins with the build number of llama-server"
 _FIRST = 'the first delta holds `content: ""`, as OpenAI\'s does'
 _NO_TOOLS = "tools, with a template that says nothing of them: refused with 400"
+_REAL = "asks what large models answer, which have to be downloaded; some with templates that say nothing of tools"
 _MEDIA = "images"
 
 REASONS = {
@@ -72,6 +73,12 @@ REASONS = {
     "test_completion.py::test_n_probs_post": _POST,
     "test_ignore_eos.py": "looks into `generation_settings` for llama-server's own list of biases",
     "test_metrics.py": "names of metrics and a header that are llama-server's own, embeddings, `/slots`",
+    "test_tool_call.py::test_completion_with_required_tool_real": _REAL,
+    "test_tool_call.py::test_completion_without": _FIRST,
+    "test_tool_call.py::test_calc_result": _REAL,
+    "test_tool_call.py::test_hello_world": _REAL,
+    "test_tool_call.py::test_thoughts": _REAL,
+    "test_tool_call.py::test_weather": _REAL,
     "test_security.py::test_access_static": "files of llama-server's own page",
     "test_security.py::test_cors_options": _CORS,
     "test_security.py::test_cors_origins_defaults": _CORS,

@@ -115,15 +115,17 @@ def document(results: Mapping[str, Mapping[str, str]], reasons: Mapping[str, str
         kinds = Counter(_kind(outcome) for outcome in outcomes.values())
         counts = " | ".join(str(kinds[kind] or "") for kind in ("passed", "failed", "skipped"))
         lines.append(f"| `{file}` | {counts} | {reasons.get(file, '')} |")
-    lines += ["", "## What fails in files that apply", "", "| test | why |", "|---|---|"]
+    lines += ["", "## What fails in files that apply", "", "| tests | how many | why |", "|---|---:|---|"]
+    rows: Counter[tuple[str, str]] = Counter()
     for file, outcomes in results.items():
         for test, outcome in outcomes.items():
             if file in reasons or _kind(outcome) != "failed":
                 continue
             name = f"{file}::{test}"
-            why = next((why for begin, why in reasons.items() if name.startswith(begin)), None)
-            shown = why or f"not looked into: `{outcome.replace('|', '/').replace('`', '')}`"
-            lines.append(f"| `{name.replace('|', '/')[:90]}` | {shown} |")
+            begin = next((begin for begin in reasons if name.startswith(begin)), None)
+            unknown = f"not looked into: `{outcome.replace('|', '/').replace('`', '')}`"
+            rows[(name, unknown) if begin is None else (f"{begin} ...", reasons[begin])] += 1
+    lines += [f"| `{name.replace('|', '/')[:90]}` | {n} | {why} |" for (name, why), n in rows.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -207,6 +207,12 @@ def test_the_usual_variables_are_those_of_llama_cpp():
     assert rendered(template, USER, enable_thinking=False, date_string="d", datetime="t") == "d|t|<think></think>"
 
 
+def test_what_filters_make_can_be_written_as_json():
+    assert rendered("{{ messages | map(attribute='content') | tojson }}", USER) == '["Q1"]'
+    with pytest.raises(TemplateError, match="not iterable"):
+        rendered("{{ range | tojson }}", USER)
+
+
 def test_a_template_that_needs_tools_works_without():
     template = "{% for t in tools %}{{ t.name }}{% endfor %}{{ messages[0].content }}"
     assert rendered(template, USER) == "Q1"
