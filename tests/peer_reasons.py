@@ -45,7 +45,7 @@ REASONS = {
     "test_chat_completion.py::test_chat_completion_with_openai": _WORDS,
     "test_chat_completion.py::test_chat_template": _VERBOSE,
     "test_chat_completion.py::test_verbose_debug": _VERBOSE,
-    "test_chat_completion.py::test_completion_with_response_format": "`items` is a list, as in old drafts of JSON Schema",
+    "test_chat_completion.py::test_completion_with_response_format": "`items` is a list, as once in JSON Schema",
     "test_chat_completion.py::test_context_size": "the error is of OpenAI's type and code (`context_length_exceeded`)",
     "test_chat_completion.py::test_invalid_chat": "two answers in a row are no error here",
     "test_chat_completion.py::test_return_progress": "counts chunks of a prompt that is split into other tokens",
