@@ -142,7 +142,7 @@ def html_text(content: bytes) -> str:
 
     if len(content) > LONGEST_TEXT:
         raise Unreadable(f"has more than {LONGEST_TEXT} bytes of HTML")
-    soup = BeautifulSoup(content, "lxml", from_encoding=_encoding(content))
+    soup = BeautifulSoup(_as_utf8(content), "lxml", from_encoding="utf-8")
     for element in soup.select(_BESIDE):
         element.decompose()
     converter = MarkdownConverter(
@@ -157,13 +157,23 @@ def html_text(content: bytes) -> str:
     return re.sub(r"\n{3,}", "\n\n", text.replace("\xa0", " ")).strip()
 
 
-def _encoding(content: bytes) -> str | None:
-    """UTF-8 where that is possible, whatever a page says of itself; None = what it says."""
+def _as_utf8(content: bytes) -> bytes:
+    """The same page in UTF-8. (BeautifulSoup asks whatever guesses of encodings are installed, before the page.)"""
+    import charset_normalizer
+    from bs4.dammit import EncodingDetector
+
     try:
         content.decode("utf-8-sig")
+        return content  # whatever it says of itself
     except UnicodeDecodeError:
-        return None
-    return "utf-8"
+        pass
+    unmarked, marked = EncodingDetector.strip_byte_order_mark(content)
+    declared = EncodingDetector.find_declared_encoding(content, is_html=True)
+    for encoding in filter(None, (marked, declared)):
+        with contextlib.suppress(LookupError, UnicodeError):
+            return unmarked.decode(encoding).encode()
+    guess = charset_normalizer.from_bytes(unmarked).best()
+    return unmarked.decode(guess.encoding if guess else "windows-1252", "replace").encode()
 
 
 # ---- archives --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from llama_cpp._ggml import libggml
+import llama_cpp.llama_cpp as c_api
 
 from selfextend_gguf.errors import ModelFileError
 from selfextend_gguf.stores.files import parts_of
@@ -41,7 +41,7 @@ class _Parameters(ctypes.Structure):
 
 
 def _function(name: str, result: object, *arguments: object) -> Any:
-    function = libggml[name]
+    function = c_api._lib[name]  # of ggml, which llama.cpp is linked to; another name may mean another copy
     function.restype, function.argtypes = result, arguments
     return function
 

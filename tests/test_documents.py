@@ -255,6 +255,12 @@ def test_encodings_of_html(content):
     assert text_of(content, "page.html") == "é"
 
 
+def test_html_that_does_not_say_its_encoding_is_guessed():
+    text = "Слово о полку Игореве, Игоря, сына Святославля, внука Ольгова. Не лепо ли ны бяшет, братие, начяти. " * 3
+    assert text_of(f"<html><p>{text}</p>".encode("cp1251"), "page.html") == text.strip()
+    assert text_of(f'<html><meta charset="unheard-of"><p>{text}</p>'.encode("cp1251"), "page.html") == text.strip()
+
+
 def test_html_is_known_by_its_content_or_its_name():
     assert text_of(b"<p>x</p>", "a.HTM") == "x"
     assert text_of(b"<p>x</p>", "a.txt") == "<p>x</p>"
