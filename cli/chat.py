@@ -27,9 +27,12 @@ from selfextend_gguf.errors import (
     UnsupportedModelError,
 )
 from selfextend_gguf.generate import Piece, Timings
+from selfextend_gguf.kv_cache import KV_TYPES, SAFE_REWRITES
 from selfextend_gguf.llama import Llama
+from selfextend_gguf.machine_memory import memory
 from selfextend_gguf.model_info import ModelInfo
 from selfextend_gguf.planning import PARAMETERS, default_context
+from selfextend_gguf.server.kept_prompts import KeptPrompts, RememberingLlama
 from selfextend_gguf.stores import name_of
 
 from .answer_options import KEYS, NAMES, AnswerOptions
@@ -159,13 +162,18 @@ def open_llama(info: ModelInfo, ctx: int | None, cache: PromptCacheFile, **argum
     """Load the model; without `ctx`, for as long a text as makes sense, and as the prompt cache needs."""
     parameters = {name: arguments[name] for name in PARAMETERS}
     n_ctx = ctx or cache.context_for(default_context(info.n_ctx_train, **parameters), [])
+    is_rounded = arguments["type_k"] in {KV_TYPES[name] for name in SAFE_REWRITES}
+    kind = RememberingLlama if is_rounded else Llama
     try:
-        return Llama(str(info.path), n_ctx=n_ctx, model_info=info, **arguments)
+        llm = kind(str(info.path), n_ctx=n_ctx, model_info=info, **arguments)
     except UnsupportedModelError as error:
         if ctx is not None:
             raise
         note(f"The context is the trained one, {info.n_ctx_train} tokens: {error}")
-        return Llama(str(info.path), n_ctx=info.n_ctx_train, model_info=info, **arguments)
+        llm = kind(str(info.path), n_ctx=info.n_ctx_train, model_info=info, **arguments)
+    if isinstance(llm, RememberingLlama):  # /regen and /undo go back to copies: moving keys back would round them again
+        llm.kept_prompts, llm.comes_again = KeptPrompts(memory().available // 4), True
+    return llm
 
 
 def terminal_messages(*, keeps_history: bool) -> Callable[[], str]:

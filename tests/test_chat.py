@@ -472,6 +472,17 @@ def test_ctrl_c_in_a_pipe_ends_the_chat_and_keeps_the_text_so_far():
     assert error == b"Interrupted.\n"
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
+def test_an_answer_given_anew_is_as_good_as_the_first(heldout_text, kind):
+    """Rolling back keys of such a type rounds them; twenty times, and q4_0 answers are gibberish."""
+    message = heldout_text[3000:3700].replace("\n", " ")  # almost three trained contexts
+    options = ("-ctk", kind, "-c", "1024", "-n", "24", "--temp", "0", "-t", "1")
+    first, *rest = piped(*options, lines=f"{message}\n" + "/regen\n" * 20).stdout.splitlines()
+    assert rest == [first] * 20
+    undone = piped(*options, lines=f"{message}\n" + "And so\n/undo\n" * 8 + "/regen\n").stdout.splitlines()
+    assert undone[-1] == first
+
+
 @pytest.mark.parametrize("lines", ["", "\n", "   \n\n"])
 def test_nothing_to_say(lines):
     result = piped(lines=lines)
