@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 
 from selfextend_gguf.drafting import PromptLookup
+from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.studies import prompt_lookup as study
 
 
 def guess(draft: PromptLookup, text: str) -> str:
@@ -51,3 +56,12 @@ def test_another_text_is_no_trouble():
     assert guess(draft, "abcd, abc") == "d"
     assert guess(draft, "xyz") == ""
     assert guess(draft, "wxyz, wxyz") == ","
+
+
+def test_the_study_compares_answers_with_and_without_guesses(capsys):
+    text = Path(__file__).with_name("data") / "heldout.txt"
+    study.main([str(TINY_MODEL), "--text", str(text), "--tokens", "300", "--passages", "2", "-n", "12", "-t", "1"])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert [len(row.split("|")) for row in rows] == [len(head.split("|"))] * 2
+    for row in rows:
+        assert re.findall(r"\d of 2", row) == ["2 of 2", "2 of 2"]  # these weights round alike in batches
