@@ -203,17 +203,18 @@ def test_the_study_writes_its_document(heldout_text, tmp_path, monkeypatch):
     assert pickle.loads(pickle.dumps(study.read)) is study.read  # as they would need it
     text = tmp_path / "text.txt"
     text.write_text(heldout_text[:5000])
-    arguments = ["--text", str(text), "--kept", str(tmp_path / "kept"), "--out", str(tmp_path), "--times", "1", "2"]
+    out = tmp_path / "a" / "new folder"
+    arguments = ["--text", str(text), "--kept", str(tmp_path / "kept"), "--out", str(out), "--times", "1", "2"]
     study.main(arguments)
-    document = (tmp_path / "results.md").read_text()
+    document = (out / "results.md").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(study, "read", None)  # nothing is read again
         study.main(arguments)
-    assert (tmp_path / "results.md").read_text() == document
+    assert (out / "results.md").read_text() == document
     for method in METHODS:
         assert re.search(rf"\| {method} \| [\d.]+ / [\d.]+ \| [\d.]+ / [\d.]+ \|", document)
-    assert is_png(tmp_path / "tiny-256-perplexity.png")
-    assert is_png(tmp_path / "tiny-256-keys.png")
+    assert is_png(out / "tiny-256-perplexity.png")
+    assert is_png(out / "tiny-256-keys.png")
 
 
 @pytest.mark.parametrize("model", TINY_MODELS, ids=lambda path: path.name)

@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--times", type=int, nargs="+", default=TIMES, help="text lengths in trained contexts")
     parser.add_argument("--machine", default="", help="what it was measured on, for the document")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)  # now, and not after hours
     text = args.text.read_text(encoding="ascii")
     methods = (REFERENCE, *(m for m in METHODS if m != REFERENCE))
     kept, results = Kept(args.kept), {}

@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of per-dimension.md")
     parser.add_argument("--machine", default="", help="what it was measured on, for the document")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)  # now, and not after hours
     kept = Kept(args.kept)
     n_tokens = args.times * args.pretend
     config = plan(args.pretend, n_tokens)

@@ -323,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--machine", default="", help="what it was measured on, for the document")
     parser.add_argument("--write-only", action="store_true", help="measure nothing, write what is kept")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)  # now, and not after hours
     kept = Kept(args.kept)
     arguments = {"n_threads": args.threads, "n_threads_batch": args.threads, "n_gpu_layers": args.n_gpu_layers}
     groups = []
@@ -354,6 +355,10 @@ def main(argv: list[str] | None = None) -> None:
             ("--cache-type", args.cache_type),
         )
     ]
+    if args.keys != len(CITIES):
+        names.append(f"--keys {args.keys}")
+    if list(args.methods) != list(METHODS):
+        names.append(f"--methods {' '.join(args.methods)}")
     command = " ".join([*(model.name for model in args.models), *names, "--kept", args.kept.name])
     found = (group_of(kept, settings, args.methods) for settings in groups)
     measured = [group for group in found if group is not None]

@@ -212,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--machine", default="", help="what it was measured on, for the document")
     parser.add_argument("--write-only", action="store_true", help="measure nothing, write what is kept")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)  # now, and not after hours
     kept = Kept(args.kept)
     arguments = {"n_threads": args.threads, "n_threads_batch": args.threads, "n_gpu_layers": args.n_gpu_layers}
     parts: list[str] = []
