@@ -58,8 +58,8 @@ def opened(browser: Any, server: Serving) -> Iterator[Any]:
     page.goto(server.url)
     yield page
     context.close()
-    # The browser reports statuses that the page deals with, and what a test makes it refuse.
-    assert not [line for line in complaints if not re.search("status of 4|Content Security Policy", line)]
+    # The browser reports what the page deals with (statuses, lost connections), and what a test makes it refuse.
+    assert not [line for line in complaints if not re.search("status of 4|Content Security Policy|ERR_FAILED", line)]
 
 
 def drop(page: Any, name: str, content: str) -> None:
@@ -150,6 +150,30 @@ def test_stop_regenerate_and_a_new_conversation(page):
     page.click("#new")
     assert page.locator("article").count() == 0
     assert page.inner_text("#used") == ""
+
+
+def test_a_question_before_the_server_has_said_what_it_serves(page):
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    limit_answers(page, 5)
+    page.fill("#question", "And")
+    page.press("#question", "Enter")
+    until(page, "!document.getElementById('stop').disabled")
+    assert page.locator("[role=alert]").count() == 0
+    held[0].continue_()
+    assert len(answer(page)) == 5
+    # A server that was not there: the error is told, the question stays, and the next try succeeds.
+    page.unroute("**/v1/models")
+    page.route("**/v1/models", lambda route: route.abort(), times=2)
+    page.reload()
+    page.fill("#question", "And")
+    page.press("#question", "Enter")
+    until(page, "document.querySelector('[role=alert]') && document.getElementById('stop').disabled")
+    assert page.input_value("#question") == "And"
+    page.unroute("**/v1/models")
+    page.press("#question", "Enter")
+    assert len(answer(page)) == 5
 
 
 def test_nothing_that_is_said_is_html(page):
