@@ -48,6 +48,8 @@ class Terminal:
             env={**os.environ, "TERM": "xterm", "TQDM_MININTERVAL": "0"},
             encoding="utf-8",
             timeout=GIVE_UP,
+            # As on any terminal, even where the tests are run by nohup.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         self.screen = pyte.Screen(columns, rows)
         self.screen.write_process_input = self.program.send  # the terminal's answer to "where is the cursor?"
@@ -97,7 +99,9 @@ class Terminal:
         self.exit_code()
 
     def exit_code(self) -> int:
+        end = time.monotonic() + GIVE_UP
         while self.program.isalive():
+            assert time.monotonic() < end, "does not end"
             self.read(0.1)
         self.program.close()
         return self.program.exitstatus
