@@ -110,6 +110,11 @@ static int64_t fixed_window_end(const struct sx_params * p, int64_t g) {
     return g + p->block_size + p->neighbor_window;
 }
 
+// The same where distances reach max_distance before the boundary moves: `oldest` is the lowest position of a key.
+static int64_t end_within(const struct sx_params * p, int64_t g, int64_t oldest) {
+    return min64(fixed_window_end(p, g), oldest + p->max_distance);
+}
+
 static int paper_stage(const struct sx_params * p, int64_t n_cached, int64_t n_total, int64_t * stage) {
     const int64_t g = fixed_window_boundary(p, n_cached);
     if (n_total - shift_of(g, p->group_size) > p->max_distance && n_total > p->n_ctx_train) {
@@ -118,6 +123,10 @@ static int paper_stage(const struct sx_params * p, int64_t n_cached, int64_t n_t
     }
     *stage = g;
     return SX_OK;
+}
+
+static int64_t paper_end(const struct sx_params * p, int64_t g) {
+    return min64(fixed_window_end(p, g), max64(p->n_ctx_train, shift_of(g, p->group_size) + p->max_distance));
 }
 
 // ---- ReRoPE (Su 2023, https://kexue.fm/archives/9708): the distance is min(q - k, W). The stage is the boundary g:
@@ -130,6 +139,10 @@ static int rerope_stage(const struct sx_params * p, int64_t n_cached, int64_t n_
     }
     *stage = g;
     return SX_OK;
+}
+
+static int64_t rerope_end(const struct sx_params * p, int64_t g) {
+    return end_within(p, g, g);
 }
 
 static void move_to_boundary(const struct sx_params * p, int64_t g, int32_t * positions) {
@@ -220,14 +233,22 @@ static void move_again(const struct sx_params * p, int64_t g, int32_t * position
 // ---- Dual chunk attention (arXiv 2402.17463), as far as one position a key can express it: chunks of block_size
 // tokens before the boundary g, of which the latest is exact and the older ones lie on top of it. The stage is g.
 
+static int64_t dca_oldest(const struct sx_params * p, int64_t g) {
+    return max64(0, g - p->block_size);
+}
+
 static int dca_stage(const struct sx_params * p, int64_t n_cached, int64_t n_total, int64_t * stage) {
     const int64_t g      = fixed_window_boundary(p, n_cached);
-    const int64_t oldest = max64(0, g - p->block_size);
+    const int64_t oldest = dca_oldest(p, g);
     if (n_total - oldest > p->max_distance) {
         return step_too_large(p, n_cached, n_total, oldest + p->max_distance);
     }
     *stage = g;
     return SX_OK;
+}
+
+static int64_t dca_end(const struct sx_params * p, int64_t g) {
+    return end_within(p, g, dca_oldest(p, g));
 }
 
 static void move_onto_chunk(const struct sx_params * p, int64_t g, int32_t * positions) {
@@ -311,12 +332,12 @@ static void move_adaptively(const struct sx_params * p, int64_t stage, int32_t *
 
 static const struct schedule SCHEDULES[] = {
     [SX_SCHEDULE_SELFEXTEND]   = { false, selfextend_stage,   selfextend_end,   move_groups      },
-    [SX_SCHEDULE_PAPER]        = { true,  paper_stage,        fixed_window_end, move_groups      },
+    [SX_SCHEDULE_PAPER]        = { true,  paper_stage,        paper_end,        move_groups      },
     [SX_SCHEDULE_ADAGROPE]     = { false, adagrope_stage,     adagrope_text,    move_adaptively  },
-    [SX_SCHEDULE_REROPE]       = { false, rerope_stage,       fixed_window_end, move_to_boundary },
+    [SX_SCHEDULE_REROPE]       = { false, rerope_stage,       rerope_end,       move_to_boundary },
     [SX_SCHEDULE_LEAKY_REROPE] = { false, leaky_rerope_stage, leaky_rerope_end, move_on_slope    },
     [SX_SCHEDULE_RESTART]      = { false, restart_stage,      fixed_window_end, move_again       },
-    [SX_SCHEDULE_DCA]          = { false, dca_stage,          fixed_window_end, move_onto_chunk  },
+    [SX_SCHEDULE_DCA]          = { false, dca_stage,          dca_end,          move_onto_chunk  },
 };
 
 static bool is_plain(const struct sx_params * p, int32_t n_total) {

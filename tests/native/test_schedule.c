@@ -4,6 +4,53 @@
 
 #include "check.h"
 
+// ---- random parameters -------------------------------------------------------------------------------------------
+
+enum { N_RANDOM = 200000, LONGEST = 700 };
+
+static uint32_t state = 1;
+
+static int32_t up_to(int32_t most) {
+    state = state * 1664525u + 1013904223u;
+    return 1 + (int32_t) ((state >> 8) % (uint32_t) most);
+}
+
+// Whether a step is planned. What is planned are positions of the text, at distances below the largest one if the text
+// exceeds the trained context.
+static bool is_planned(const struct sx_params * p, int32_t n_cached, int32_t n_total) {
+    int32_t positions[LONGEST];
+    if (sx_schedule_positions(p, n_cached, n_total, positions) != SX_OK) {
+        return false;
+    }
+    for (int32_t k = 0; k < n_cached; ++k) {
+        CHECK(positions[k] >= 0 && positions[k] < n_total);
+        CHECK(n_total <= p->n_ctx_train || n_total - 1 - positions[k] < p->max_distance);
+    }
+    return true;
+}
+
+// One step with any parameters; returns how much of it worked. A step that is advised has to work.
+static int step_randomly(void) {
+    const int32_t n_ctx_train = up_to(64);
+    struct sx_params p = {
+        .schedule = up_to(SX_SCHEDULE_DCA + 1) - 1, .n_ctx_train = n_ctx_train, .group_size = up_to(9),
+        .neighbor_window = up_to(n_ctx_train), .max_distance = up_to(3) == 1 ? up_to(n_ctx_train + 4) : n_ctx_train,
+        .block_size = up_to(12),
+        .n_ctx = up_to(LONGEST), .n_batch = up_to(16),
+    };
+    if (up_to(50) == 1) {
+        int32_t * const numbers = &p.schedule;
+        numbers[up_to(8) - 1] = up_to(3) == 1 ? INT_MAX : up_to(5) - 3;
+    }
+    const int32_t n_cached = up_to(LONGEST - 1) - 1, n_total = n_cached + up_to(LONGEST - n_cached);
+    int32_t n_step = 0;
+    const bool is_advised = sx_schedule_step(&p, n_cached, n_total - n_cached, &n_step) == SX_OK;
+    if (is_advised) {
+        CHECK(n_step >= 1 && n_step <= n_total - n_cached && is_planned(&p, n_cached, n_cached + n_step));
+    }
+    return is_advised + is_planned(&p, n_cached, n_total);
+}
+
 int main(void) {
     const struct sx_params p = {
         .schedule = SX_SCHEDULE_SELFEXTEND, .n_ctx_train = 32, .group_size = 4, .neighbor_window = 8,
@@ -61,7 +108,7 @@ int main(void) {
     CHECK(positions[0] == 43 - 31 && positions[1] == 43 - 31 && positions[2] == 43 - 30 && positions[24] == 24);
 
     // No overflow at the end of the range.
-    for (int schedule = SX_SCHEDULE_SELFEXTEND; schedule <= SX_SCHEDULE_LEAKY_REROPE; ++schedule) {
+    for (int schedule = SX_SCHEDULE_SELFEXTEND; schedule <= SX_SCHEDULE_DCA; ++schedule) {
         struct sx_params large = p;
         large.schedule = schedule;
         large.n_ctx    = INT_MAX;
@@ -77,6 +124,11 @@ int main(void) {
         sx_schedule_stage(&large, INT_MAX - 1, INT_MAX, &stage);
         sx_schedule_step(&large, INT_MAX - 1, 1, &step);
     }
+    int n_worked = 0;
+    for (int i = 0; i < N_RANDOM; ++i) {
+        n_worked += step_randomly();
+    }
+    CHECK(n_worked > N_RANDOM / 5 && n_worked < 2 * N_RANDOM);
     puts("ok");
     return 0;
 }
