@@ -4,20 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-static struct ggml_tensor * root_of(struct ggml_tensor * t) {
-    while (t->view_src) {
-        t = t->view_src;
-    }
-    return t;
-}
-
-// The cache that `node` writes to, if its name is of this form.
+// The cache that `node` writes to, if its name is of this form. (A view of a view is one of the whole tensor.)
 static struct ggml_tensor * written_cache(const struct ggml_tensor * node, const char * format, int * layer) {
     if (node->op != GGML_OP_SET_ROWS || !node->view_src) {
         return NULL;
     }
-    struct ggml_tensor * cache = root_of(node->view_src);
-    return sscanf(cache->name, format, layer) == 1 ? cache : NULL;
+    return sscanf(node->view_src->name, format, layer) == 1 ? node->view_src : NULL;
 }
 
 struct ggml_tensor * sx_graph_key_cache(const struct ggml_tensor * node, int * layer) {
@@ -29,7 +21,7 @@ bool sx_graph_writes_values(const struct ggml_tensor * node, int * layer) {
 }
 
 const char * sx_graph_other_cache(const struct ggml_tensor * node) {
-    const char * name = node->view_src ? root_of(node->view_src)->name : "";
+    const char * name = node->view_src ? node->view_src->name : "";
     const bool known = strncmp(name, "cache_k_l", 9) == 0 || strncmp(name, "cache_v_l", 9) == 0;
     return strncmp(name, "cache_", 6) == 0 && !known ? name : NULL;
 }
@@ -72,8 +64,8 @@ static const struct ggml_tensor * origin(const struct sx_trail * trail, const st
 }
 
 // A product with an input of the graph is the Hadamard rotation of quantised keys, any other one a projection.
-static bool is_hadamard(const struct ggml_tensor * t) {
-    return t->op == GGML_OP_MUL_MAT && t->src[0]->op == GGML_OP_NONE && strstr(t->src[0]->name, "attn_inp_k_rot");
+static bool is_hadamard(const struct ggml_tensor * product) {
+    return product->src[0]->op == GGML_OP_NONE && strstr(product->src[0]->name, "attn_inp_k_rot");
 }
 
 // Is there a RoPE between `t` and the projections (matrix products) that its values come from?
@@ -120,7 +112,7 @@ enum sx_key_path sx_graph_key_rope(
         const struct sx_trail * trail, const struct ggml_tensor * node, struct sx_rope * rope, const char ** op) {
     *rope = (struct sx_rope) { 0 };
     int64_t slice = 0;  // where heads are concatenated: elements of the rotated part
-    for (const struct ggml_tensor * t = node->src[0]; t;) {
+    for (const struct ggml_tensor * t = node->src[0];;) {
         t = origin(trail, t);
         if (!is_rotated(trail, t, 0)) {
             return SX_KEY_NO_ROPE;
@@ -171,5 +163,4 @@ enum sx_key_path sx_graph_key_rope(
         }
         t = next;
     }
-    return SX_KEY_NO_ROPE;
 }

@@ -66,11 +66,11 @@ static void move_groups(const struct sx_params * p, int64_t g, int32_t * positio
     }
 }
 
-// Smallest g with g - g/G >= shift; needs G >= 2. Each G tokens of g yield G - 1 positions, hence
+// Smallest g with g - g/G >= shift; needs G >= 2 and shift >= 1. Each G tokens of g yield G - 1 positions, hence
 // g = shift + ceil(shift / (G - 1)) is enough, and one less falls short whenever it is not a multiple of G.
 static int64_t smallest_boundary(int64_t shift, int64_t group_size) {
     int64_t g = shift + ceil_div(shift, group_size - 1);
-    while (g > 0 && shift_of(g - 1, group_size) >= shift) {
+    while (shift_of(g - 1, group_size) >= shift) {
         g--;
     }
     return g;

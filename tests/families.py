@@ -314,7 +314,8 @@ EXTENDED = (
     family("starcoder2", "biases", NEOX, optional=BIAS),
     family("codeshell", "fused q, k, v", NEOX, optional=BIAS, fused_qkv=True),
     family("exaone", "halves", NEOX),
-    family("exaone4", "norms on q and k", replace(NEOX, base=1e6)),
+    # Of its small models llama.cpp reads the window, and does not use it.
+    family("exaone4", "norms on q and k", replace(NEOX, base=1e6), {"attention.sliding_window": 16}),
     family("glm4", "partial rotary, neighbouring pairs", replace(NORM, dims=16), optional=QKV_BIAS),
     family("nemotron", "partial rotary", replace(NEOX, dims=16), optional=NORM_BIAS),
     family("dbrx", "clamped q, k, v, experts", NEOX, EXPERTS, {"attention.clamp_kqv": 2.0}),

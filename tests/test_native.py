@@ -1,7 +1,9 @@
-"""The C tests, built with the address and undefined-behaviour sanitizers."""
+"""The C tests, built with the address and undefined-behaviour sanitizers, or as SX_GGUF_TEST_NATIVE says: "thread" for
+another sanitizer, "coverage:FOLDER" for gcov (see native_coverage.py)."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,17 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("native")
+    check, _, folder = os.environ.get("SX_GGUF_TEST_NATIVE", "").partition(":")
+    folder = Path(folder) if folder else tmp_path_factory.mktemp("native")
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
     assert cmake, "cmake comes with the extra [test]"
-    subprocess.run(
-        [cmake, "-S", ROOT, "-B", folder, "-DSELFEXTEND_NATIVE_TESTS=ON", f"-DPython_EXECUTABLE={sys.executable}"],
-        check=True,
-    )
-    subprocess.run(
-        [cmake, "--build", folder, "--target", "test_schedule", "test_layers", "test_engine", "test_tokenize"],
-        check=True,
-    )
+    options = ["-DSELFEXTEND_NATIVE_TESTS=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    options += [f"-DSELFEXTEND_NATIVE_CHECK={check}"] if check else []
+    subprocess.run([cmake, "-S", ROOT, "-B", folder, *options], check=True)
+    targets = [source.stem for source in (ROOT / "tests" / "native").glob("test_*.c")]
+    subprocess.run([cmake, "--build", folder, "--parallel", "2", "--target", *targets], check=True)
     return folder / "tests" / "native"
 
 
@@ -40,6 +40,20 @@ def run(*command: str | Path) -> None:
 
 def test_schedule(build):
     run(build / "test_schedule")
+
+
+def test_the_graph_reader(build):
+    run(build / "test_graph")
+
+
+def test_threads(build, model):
+    run(build / "test_threads", model("norm-32"))
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+@pytest.mark.parametrize("name", ["neox-64", "llama (Llama 3)", "gemma3"])
+def test_every_request_for_memory_or_a_device_refused_once(build, model, name, kind):
+    run(build / "test_failures", model(name), str(KV_TYPES[kind]))
 
 
 def test_tokenize(build):

@@ -175,6 +175,82 @@ static void check_heads(struct search * s, const struct sx_layer * layer) {
     }
 }
 
+// Layers that do not lie in their cache as one row for each token, and more devices than there is room for.
+static void check_shapes(struct search * s, struct llama_context * ctx) {
+    for (int l = 0; l < s->layers.n; ++l) {
+        struct sx_layer * layer = &s->layers.layer[l];
+        struct ggml_tensor * keys = layer->keys, wrong[4] = { *keys, *keys, *keys, *keys };
+        const struct sx_rope rope = layer->rope;
+        wrong[0].ne[1] -= 1;
+        wrong[1].ne[2] = 2;
+        wrong[2].ne[0] += 1;  // no whole head
+        for (int i = 0; i < 4; ++i) {
+            layer->keys = &wrong[i];
+            layer->rope.n_hadamard = i == 3 ? keys->ne[0] + 1 : 0;  // no whole block
+            if (i != 2 || (rope.n_dims > 0 && rope.head_dim > 1)) {
+                CHECK(sx_layers_settle(&s->layers, ctx) == SX_ERR_MODEL && strstr(sx_last_error(), "has the shape"));
+            }
+        }
+        layer->keys = keys;
+        layer->rope = rope;
+    }
+    if (s->layers.n_devices == 1) {
+        const struct sx_device device = s->layers.device[0];
+        s->layers.device[0] = (struct sx_device) { 0 };
+        s->layers.n_devices = SX_MAX_DEVICES;  // of no type
+        CHECK(sx_layers_settle(&s->layers, ctx) == SX_ERR_DEVICE);
+        s->layers.device[0] = device;
+        s->layers.n_devices = 1;
+    }
+}
+
+// Probes that say something else than what was computed.
+static void check_probes(struct search * s, const struct sx_layer * layer) {
+    struct sx_written * here = NULL, * there = NULL, * value = NULL;
+    for (int i = 0; i < s->here.n; ++i) {
+        here = s->here.written[i].layer == layer->index && s->here.written[i].is_key ? &s->here.written[i] : here;
+    }
+    for (int i = 0; i < s->there.n; ++i) {
+        if (s->there.written[i].layer == layer->index) {
+            *(s->there.written[i].is_key ? &there : &value) = &s->there.written[i];
+        }
+    }
+    CHECK(here && there && here->n == there->n);
+    // No key of the cache's width.
+    here->n--;
+    CHECK(verify(s) == SX_ERR_MODEL && strstr(sx_last_error(), "does not write its key whenever"));
+    here->n++;
+    there->n--;
+    CHECK(verify(s) == SX_ERR_MODEL && strstr(sx_last_error(), "does not write its key whenever"));
+    there->n++;
+    // A layer whose input differs that much says nothing about half of its key; a key of nothing turns into itself.
+    const size_t size = here->n * sizeof(float);
+    float * rows = malloc(2 * size);
+    CHECK(rows);
+    memcpy(rows, here->row, size);
+    memcpy(rows + here->n, there->row, size);
+    if (value) {
+        const float first = value->row[0];
+        value->row[0] += 1e6f;
+        CHECK(verify(s) == SX_OK);
+        for (int64_t i = 0; i < here->n; ++i) {
+            there->row[i] = -2.0f * rows[i];
+        }
+        check_refused(s, layer, "differing input", 0);
+        value->row[0] = first;
+    }
+    memset(here->row, 0, size);
+    memset(there->row, 0, size);
+    CHECK(verify(s) == SX_OK);
+    memcpy(here->row, rows, size);
+    memcpy(there->row, rows + here->n, size);
+    free(rows);
+    // Cells that are too few to be tried.
+    layer->keys->ne[1] = 100;
+    CHECK(verify(s) == SX_ERR_MODEL && strstr(sx_last_error(), "the context is too small to be tried: 100 tokens"));
+    layer->keys->ne[1] = N_CTX;
+}
+
 static void check_type(struct llama_model * model, int type) {
     struct search s = { .probe = &s.here };
     struct llama_context_params params = llama_context_default_params();
@@ -189,6 +265,8 @@ static void check_type(struct llama_model * model, int type) {
     CHECK(ctx);
     CHECK(sx_decode_probe(ctx, 0) == SX_OK);
     CHECK(sx_layers_settle(&s.layers, ctx) == SX_OK);
+    check_shapes(&s, ctx);
+    CHECK(sx_layers_settle(&s.layers, ctx) == SX_OK);  // again, and nothing new
     llama_memory_clear(llama_get_memory(ctx), true);
     s.probe = &s.there;
     CHECK(sx_decode_probe(ctx, SX_PROBE_POSITION) == SX_OK);
@@ -199,6 +277,7 @@ static void check_type(struct llama_model * model, int type) {
         if (layer->rope.n_dims > 0) {
             check_descriptions(&s, layer);
             check_heads(&s, layer);
+            check_probes(&s, layer);
             is_lazy = true;
             CHECK(verify(&s) == (type == GGML_TYPE_F32 ? SX_OK : SX_ERR_DEVICE));
             is_lazy = false;

@@ -77,6 +77,8 @@ int main(void) {
     CHECK(strlen(sx_last_error()) > 0);
     CHECK(sx_schedule_stage(&p, -1, 4, &stage) == SX_ERR_ARGUMENT);
     CHECK(sx_schedule_stage(&p, 5, 4, &stage) == SX_ERR_ARGUMENT);
+    CHECK(sx_schedule_step(&p, 5, 0, &stage) == SX_ERR_ARGUMENT);
+    CHECK(sx_schedule_step(&p, 5, INT_MAX, &stage) == SX_ERR_ARGUMENT && stage == -7);
     struct sx_params bad = p;
     bad.group_size = 0;
     CHECK(sx_schedule_stage(&bad, 1, 2, &stage) == SX_ERR_ARGUMENT);
