@@ -1,6 +1,9 @@
 """Mixed requests of several clients at once, of which each answer is compared with that of a fresh model.
 
     python tests/mixed_requests.py --requests 500 --seed 1
+    python tests/mixed_requests.py --hours 2 --type q4_0
+
+The second goes on with one server: lots of 500 with seeds 1, 2, ..., prompts kept in files of at most 64 MiB.
 
 Prompts have up to 16 trained contexts; a tenth of the clients leaves mid-answer, one request in twenty is malformed.
 Ends with an error when an answer is another one, one is lost, or the server grows.
@@ -9,9 +12,11 @@ Ends with an error when an answer is another one, one is lost, or the server gro
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +28,16 @@ import psutil
 from served import Served
 
 from selfextend_gguf import Llama
+from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.models import TINY_MODEL
 
+LOT = 500  # requests
 CONTEXT = 4096  # 16 trained contexts
 TEXT = (Path(__file__).parent / "data" / "heldout.txt").read_text(encoding="ascii")
 GROWTH = 48 * 2**20  # bytes that a server may grow once every prompt has been read
 _LENGTHS = [4000, 3000, 2000, 1000, *[500] * 2, *[200] * 6, *[60] * 12]
 _MALFORMED: list[dict[str, Any]] = [
-    {"max_tokens": "many"}, {"prompt": ""}, {"prompt": TEXT[:5000]}, {"grammar": "root ::= ("}, {"model": "gpt-4"},
+    {"max_tokens": "many"}, {"prompt": ""}, {"prompt": TEXT[:5000]}, {"grammar": "root ::= ("}, {"model": 4},
     {"temperature": -1}, {"prompt": [1, 300]},
 ]  # fmt: skip
 
@@ -58,7 +65,7 @@ def ask(url: str, number: int, seed: int) -> tuple[str, str | None]:
     """What kind of request it was, and the text of its answer, if it waited for one."""
     rng = random.Random(f"{seed}-{number}-kind")
     body = body_of(number, seed)
-    with httpx.Client(timeout=600) as client:
+    with httpx.Client(timeout=3600) as client:
         if rng.random() < 0.05:
             answer = client.post(f"{url}/v1/completions", json=body | rng.choice(_MALFORMED))
             if answer.status_code not in (400, 404):
@@ -81,8 +88,8 @@ def ask(url: str, number: int, seed: int) -> tuple[str, str | None]:
         return "streamed", text
 
 
-def run(served: Served, n: int, seed: int, clients: int = 8) -> Counter[str]:
-    """How many requests of which kind there were. Raises MixedError."""
+def run(served: Served, n: int, seed: int, clients: int = 8, kind: str = "f16") -> Counter[str]:
+    """How many requests of which kind there were; `kind`: the type of keys. Raises MixedError."""
     process = psutil.Process(served.process.pid)
     with ThreadPoolExecutor(clients) as pool:
         answers: list[tuple[str, str | None]] = []
@@ -94,7 +101,8 @@ def run(served: Served, n: int, seed: int, clients: int = 8) -> Counter[str]:
     grown = process.memory_info().rss - size
     if grown > GROWTH:
         raise MixedError(f"the server has grown by {grown / 2**20:.0f} MiB")
-    llm = Llama(str(TINY_MODEL), n_ctx=CONTEXT, n_threads=1, n_threads_batch=1, verbose=False)
+    keys = KV_TYPES[kind]
+    llm = Llama(str(TINY_MODEL), n_ctx=CONTEXT, n_threads=1, n_threads_batch=1, type_k=keys, verbose=False)
     for number, (_, text) in enumerate(answers):
         if text is None:
             continue
@@ -113,15 +121,44 @@ def run(served: Served, n: int, seed: int, clients: int = 8) -> Counter[str]:
     return Counter(kind for kind, _ in answers)
 
 
-def started() -> Served:
-    return Served(str(TINY_MODEL), "-c", str(CONTEXT), "-t", "1", "--cache-ram", "64")  # is full soon
+def started(*arguments: str) -> Served:
+    return Served(str(TINY_MODEL), "-c", str(CONTEXT), "-t", "1", "--cache-ram", "64", *arguments)  # is full soon
+
+
+def haul(hours: float, kind: str) -> None:
+    """Lots of requests to one server for so long."""
+    end = time.monotonic() + hours * 3600
+    with tempfile.TemporaryDirectory() as folder:
+        served = started("--prompt-cache", folder, "--cache-type-k", kind)
+        process = psutil.Process(served.process.pid)
+        first = 0
+        for seed in itertools.count(1):
+            run(served, LOT, seed, kind=kind)
+            now = process.memory_info().rss
+            files = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+            first = first or now
+            print(
+                f"{seed * LOT} requests, {process.num_fds()} files open, {process.num_threads()} threads, "
+                f"memory {now / 2**20:.0f} MiB, kept prompts {files / 2**20:.0f} MiB",
+                flush=True,
+            )
+            if now - first > GROWTH:
+                raise MixedError(f"the server has grown by {(now - first) / 2**20:.0f} MiB")
+            if time.monotonic() > end:
+                break
+        served.end()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--requests", type=int, default=LOT)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--hours", type=float)
+    parser.add_argument("--type", choices=KV_TYPES, default="f16")
     given = parser.parse_args()
+    if given.hours:
+        haul(given.hours, given.type)
+        return
     served = started()
     began = time.monotonic()
     try:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -35,16 +36,17 @@ class Served:
     """A running `sx-gguf serve`."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (ends with the program; a pipe would be full some day)
         self.process = subprocess.Popen(
             [*COMMAND, *arguments, "--port", "0"],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             env=ENVIRONMENT | environment,
         )
         self.line = self.process.stdout.readline().strip()
         if not self.line:
-            raise RuntimeError(self.process.communicate()[1])
+            raise RuntimeError(self.end()[1])
         self.url = self.line.split(" on ")[1].split(": ")[0]
         while HTTP.get(f"{self.url}/health").status_code != 200:
             time.sleep(0.05)
@@ -63,8 +65,10 @@ class Served:
         """Exit code and standard error."""
         if self.process.poll() is None:
             self.process.send_signal(sig)
-        error = self.process.communicate(timeout=60)[1]
-        return self.process.returncode, error
+        self.process.communicate(timeout=60)
+        with self.errors:
+            self.errors.seek(0)
+            return self.process.returncode, self.errors.read()
 
 
 ARGUMENTS = dict.fromkeys(("group_size", "neighbor_window", "max_distance", "block_size", "schedule")) | {
