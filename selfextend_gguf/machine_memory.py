@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +24,11 @@ def memory(root: Path = _ROOT) -> Memory:
     """What the process may use; `root` is where /proc and /sys are.
 
     A control group may allow less than the machine has, as in a container or a systemd unit: the kernel ends what takes
-    more. Pages of files in its account are given back when they are needed.
+    more. Pages of files in its account are given back when they are needed. `ulimit -v` may allow less as well.
     """
     machine = psutil.virtual_memory()
     total, available = machine.total, machine.available
-    for limit, used in _limits(root):
+    for limit, used in chain(_limits(root), _address_space()):
         if limit < machine.total:
             total, available = min(total, limit), min(available, max(0, limit - used))
     return Memory(total, available)
@@ -54,6 +56,13 @@ def _limits(root: Path) -> Iterator[tuple[int, int]]:
                 yield limit, (_number(group / names[1]) or 0) - _of_files(group / "memory.stat", names[2])
             if group == top:
                 break
+
+
+def _address_space() -> Iterator[tuple[int, int]]:
+    """Limit and use of addresses (RLIMIT_AS), which files that are mapped take as well."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield limit, psutil.Process().memory_info().vms
 
 
 def _number(file: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import psutil
@@ -73,3 +74,11 @@ def test_without_a_limit_it_is_the_machines(tmp_path, files):
     found, machine = memory(tree(tmp_path, files)), psutil.virtual_memory()
     assert found.total == machine.total
     assert found.available == pytest.approx(machine.available, rel=0.2)
+
+
+def test_ulimit_allows_less_addresses_than_the_machine_has(tmp_path, monkeypatch):
+    taken = psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (taken + 64 * MIB, resource.RLIM_INFINITY))
+    found = memory(tmp_path)
+    assert found.total == taken + 64 * MIB
+    assert found.available == pytest.approx(64 * MIB, abs=16 * MIB)
