@@ -69,10 +69,10 @@ class ErrorHandlingGroup(click.Group):
             formatter.write_dl(sorted(self.commands.help_lines.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        from selfextend_gguf._native import silence_log  # llama.cpp's, which a help does without
-
-        silence_log()  # -v restores it
         try:
+            from selfextend_gguf._native import silence_log  # llama.cpp's, which a help does without
+
+            silence_log()  # -v restores it
             with warnings.catch_warnings():
                 warnings.showwarning = show_warning
                 ctx.default_map = read_settings(self)
@@ -89,4 +89,7 @@ class ErrorHandlingGroup(click.Group):
                 # The interpreter flushes at exit, and would complain about the closed pipe.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise click.ClickException("the output was closed before the answer was complete") from error
-            raise click.ClickException(str(error) or type(error).__name__) from error
+            message = str(error) or type(error).__name__
+            if isinstance(error, MemoryError) and not isinstance(error, SelfExtendError):  # Python's or numpy's own
+                message = f"not enough memory: {message}"
+            raise click.ClickException(message) from error
