@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import pexpect
+from terminal import COMMAND, Terminal
 
 from selfextend_gguf.models import TINY_MODEL
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "robustness.md"
 BEGIN, END = "<!-- written by tests/faults.py -->\n", "<!-- until here -->\n"
-COMMAND = str(Path(sys.executable).with_name("sx-gguf"))
 TEXT = (Path(__file__).parent / "data" / "heldout.txt").read_text(encoding="ascii")
 WAIT = 60  # seconds, for anything
 
@@ -164,7 +163,6 @@ def limited(kind: int, limit: int, reason: str, folder: Path) -> Outcome:
 
 def ended(way: signal.Signals, folder: Path) -> Outcome:
     """While a long text is read, of which a cache is kept."""
-    (folder / "text.txt").write_text(TEXT[:24000])
     cache = folder / "text.kv"
     check(run(folder, "--prompt-cache", str(cache), text=TEXT[:2000]).returncode == 0)
     before = cache.read_bytes()
@@ -199,42 +197,32 @@ def ended(way: signal.Signals, folder: Path) -> Outcome:
     return Outcome(last_line(said, folder), "the cache as it was, which the next call uses")
 
 
-class Chat:
-    """A chat on a terminal that keeps its conversation under `home`."""
+class Chat(Terminal):
+    """A chat that keeps its conversation under `home`."""
 
     def __init__(self, home: Path, model: Path = TINY_MODEL) -> None:
-        environment = {**os.environ, "HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "TERM": "dumb"}
-        environment.pop("SX_GGUF_NO_HISTORY", None)
-        self.program = pexpect.spawn(
-            COMMAND,
-            ["chat", str(model), "-n", "4", "--temp", "0"],
-            env=environment,
-            encoding="utf-8",
-            timeout=WAIT,
-            dimensions=(30, 160),
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-        )
-        self.program.expect("> ")
+        # Tests keep nothing unless they say so.
+        environment = {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "SX_GGUF_NO_HISTORY": "false"}
+        super().__init__(COMMAND, "chat", str(model), "-n", "4", "--temp", "0", environment=environment)
+        self.until(r"^>\Z")
 
-    def say(self, message: str, shows: str) -> str:
-        self.program.send(f"{message}\r")
-        self.program.expect(shows)
-        return str(self.program.before)
+    def ended_by(self, way: signal.Signals) -> bool:
+        self.exit_code()
+        return self.program.signalstatus == way
 
-    def ended(self) -> int | None:
-        """The signal that ended it."""
-        with contextlib.suppress(pexpect.EOF):
-            self.program.expect(pexpect.EOF)
-        self.program.close()
-        return self.program.signalstatus
+
+def check_kept(home: Path) -> None:
+    """The next chat finds the conversation, of one message and its answer."""
+    said = Chat(home).enter("/load")[-2]
+    check(said == "The last conversation: 2 messages loaded.", said)
 
 
 def chat_ended(way: signal.Signals, folder: Path) -> Outcome:
     chat = Chat(folder)
-    chat.say("hello", "\n> ")
+    chat.enter("hello")
     chat.program.kill(way)
-    check(chat.ended() == way)
-    Chat(folder).say("/load", "The last conversation: 2 messages loaded")
+    check(chat.ended_by(way))
+    check_kept(folder)
     return Outcome("nothing", "the conversation, but for a running answer: `/load` in the next chat")
 
 
@@ -243,11 +231,11 @@ def model_cut_off(folder: Path) -> Outcome:
     model = folder / "model.gguf"
     shutil.copy(TINY_MODEL, model)
     chat = Chat(folder, model)
-    chat.say("hello", "\n> ")
+    chat.enter("hello")
     os.truncate(model, 4096)
-    chat.program.send("more\r")
-    check(chat.ended() == signal.SIGBUS)
-    Chat(folder).say("/load", "The last conversation: 2 messages loaded")
+    chat.type("more\r")
+    check(chat.ended_by(signal.SIGBUS))
+    check_kept(folder)
     return Outcome("nothing: the system ends the program", "the conversation: `/load` in the next chat")
 
 
@@ -257,22 +245,22 @@ def model_replaced(folder: Path) -> Outcome:
     shutil.copy(TINY_MODEL, model)
     (folder / "new.gguf").write_bytes(b"no model")
     chat = Chat(folder, model)
-    answer = chat.say("hello", "\n> ")
+    answer = chat.enter("hello")[-2]
     (folder / "new.gguf").replace(model)
-    again = chat.say("/regen", "\n> ")
-    check(answer.split()[-1] == again.split()[-1], (answer, again))
+    again = chat.enter("/regen")[-2]
+    check(answer == again, (answer, again))
     return Outcome("nothing", "the running chat goes on with the old file")
 
 
 def terminal_closed(folder: Path) -> Outcome:
     chat = Chat(folder)
-    chat.say("hello", "\n> ")
+    chat.enter("hello")
     os.close(chat.program.child_fd)
     end = time.monotonic() + WAIT
     while chat.program.isalive() and time.monotonic() < end:
         time.sleep(0.05)
     check(not chat.program.isalive(), "it is still there")
-    Chat(folder).say("/load", "The last conversation: 2 messages loaded")
+    check_kept(folder)
     return Outcome("nothing", "the conversation: `/load` in the next chat")
 
 
@@ -280,7 +268,7 @@ def clock_backwards(folder: Path) -> Outcome:
     """What was written is dated a year ahead."""
     wanted = run(folder, "--prompt-cache", str(folder / "text.kv"), "--json")
     chat = Chat(folder)
-    chat.say("hello", "\n> ")
+    chat.enter("hello")
     chat.program.close(force=True)
     for file in folder.rglob("*"):
         os.utime(file, (time.time() + 3.2e7,) * 2)
@@ -288,7 +276,7 @@ def clock_backwards(folder: Path) -> Outcome:
     record = json.loads(done.stdout)
     check(not done.stderr and record["text"] == json.loads(wanted.stdout)["text"])
     check(record["cached_tokens"] >= record["prompt_tokens"] - 1, record)
-    Chat(folder).say("/load", "The last conversation: 2 messages loaded")
+    check_kept(folder)
     return Outcome("nothing", "everything: prompt caches and conversations are not judged by their date")
 
 
