@@ -6,20 +6,23 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _READING = "{desc} |{bar}| {n_fmt} of {total_fmt} tokens, {rate_noinv_fmt}, {remaining} left"
 
 
 def _bar(**options: Any) -> tqdm[Any]:
-    shown = sys.stderr.isatty()
+    from tqdm import tqdm  # only where there is a terminal: it takes longer to import than a short answer does
+
     # A terminal that does not know its size says 0, for which tqdm would draw nothing.
-    has_size = shown and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    has_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     size: dict[str, Any] = {"dynamic_ncols": True} if has_size else {"ncols": 80, "nrows": 24}
-    return tqdm(file=sys.stderr, disable=not shown, **size, **options)
+    return tqdm(file=sys.stderr, **size, **options)
 
 
 @contextmanager
@@ -32,6 +35,8 @@ def reading_bar(*, erase: bool = False) -> Iterator[Callable[[int, int], None]]:
 
     def show(done: int, total: int) -> None:
         nonlocal bar
+        if not sys.stderr.isatty():
+            return
         if bar is None:
             bar = _bar(desc="Reading", total=total, unit=" tokens", bar_format=_READING, leave=not erase)
         bar.update(done - bar.n)
@@ -52,5 +57,8 @@ def note_on_terminal(text: str) -> None:
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
     """A line of text; gone at the end."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
     with _bar(bar_format="{desc}", leave=False) as line:
         yield lambda text: line.set_description_str(text)

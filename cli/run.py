@@ -20,7 +20,6 @@ from selfextend_gguf.llama import Llama
 from selfextend_gguf.planning import check_room, whole_cells
 from selfextend_gguf.prompt import Prompt, make_prompt
 
-from .chat import chat
 from .errors import EXIT_INTERRUPTED
 from .options import (
     LIMIT,
@@ -156,6 +155,8 @@ def run(
 
 def talk(context: click.Context, model: Path) -> None:
     """A chat, with what of its options was given to `run`; the others are as `chat` would have them."""
+    from .chat import chat  # only here: a completion does not wait for what a chat needs
+
     with chat.make_context("chat", [str(model)], parent=context.parent) as other:
         for option in settable(chat):
             flag, name = f"--{key_of(option)}", option.name

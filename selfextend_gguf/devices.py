@@ -12,6 +12,7 @@ import llama_cpp
 
 from selfextend_gguf.checks import shown
 from selfextend_gguf.errors import ConfigError
+from selfextend_gguf.ggml import function
 
 ALL_LAYERS = -1  #: as `n_gpu_layers`
 _GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type: GPUs with memory of their own, and those that share ours
@@ -30,27 +31,25 @@ class Device:
     pointer: int = field(repr=False)  # ggml_backend_dev_t
 
 
-def _call(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of ggml, which llama_cpp does not bind."""
-    function = getattr(llama_cpp.llama_cpp._lib, name)
-    function.restype = result
-    return function(*arguments)
+_n_devices = function("ggml_backend_dev_count", ctypes.c_size_t)
+_device = function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+_type = function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
+_name = function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)
+_description = function("ggml_backend_dev_description", ctypes.c_char_p, ctypes.c_void_p)
+_memory = function("ggml_backend_dev_memory", None, ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2)
+_register = function("ggml_backend_register", None, ctypes.c_void_p)
 
 
 def devices() -> list[Device]:
     """All devices but the CPU and what helps it, in llama.cpp's order."""
     found = []
-    for index in range(_call("ggml_backend_dev_count", ctypes.c_size_t)):
-        pointer = _call("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t(index))
-        device = ctypes.c_void_p(pointer)
-        if _call("ggml_backend_dev_type", ctypes.c_int, device) not in _GPU_TYPES:
+    for index in range(_n_devices()):
+        pointer = _device(index)
+        if _type(pointer) not in _GPU_TYPES:
             continue
-        name, description = (
-            _call(f"ggml_backend_dev_{what}", ctypes.c_char_p, device).decode(errors="replace")
-            for what in ("name", "description")
-        )
+        name, description = (text(pointer).decode(errors="replace") for text in (_name, _description))
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        _call("ggml_backend_dev_memory", None, device, ctypes.byref(free), ctypes.byref(total))
+        _memory(pointer, free, total)
         found.append(Device(name, description, free.value, total.value, pointer))
     return found
 
@@ -102,7 +101,8 @@ def add_rpc_server(endpoint: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_RPC_SECONDS).close()
     except OSError as error:
         raise ConfigError(f"no RPC server answers at {endpoint} ({error.strerror or error})") from error
-    registry = _call("ggml_backend_rpc_add_server", ctypes.c_void_p, endpoint.encode())
+    add_server = function("ggml_backend_rpc_add_server", ctypes.c_void_p, ctypes.c_char_p)
+    registry = add_server(endpoint.encode())
     if not registry:
         raise ConfigError(f"the RPC server at {endpoint} offers no device")
-    _call("ggml_backend_register", None, ctypes.c_void_p(registry))
+    _register(registry)

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import charset_normalizer
-
 from selfextend_gguf.checks import shown
 from selfextend_gguf.errors import DocumentError
 from selfextend_gguf.pages import readable
@@ -243,6 +241,8 @@ def _encoding_with_zeros(content: bytes) -> str | None:
 
 def _guess(content: bytes) -> str | None:
     """The likeliest encoding of a text, None for what is no text."""
+    import charset_normalizer  # only where a text needs it: every start of a command would wait for it
+
     sample = content if len(content) <= _SAMPLE else content[: content.rfind(b"\n", 0, _SAMPLE) + 1 or _SAMPLE]
     matches = charset_normalizer.from_bytes(sample, cp_exclusion=_UNLIKELY)
     best = matches.best()

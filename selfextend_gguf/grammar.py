@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import llama_cpp._internals as internals
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher
 
 from selfextend_gguf.errors import GrammarError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 # What llama.cpp cannot follow ends the process. Its parser recurses into parentheses: some thousands overflow a stack.
 _DEEPEST = 256

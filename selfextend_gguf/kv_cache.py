@@ -6,10 +6,10 @@ import json
 import warnings
 from collections.abc import Mapping
 
-import gguf
 import llama_cpp
 
 from selfextend_gguf.errors import ConfigError, KeyPrecisionWarning, UnsupportedModelError
+from selfextend_gguf.ggml import block_of, type_name
 from selfextend_gguf.schedule import SelfExtendConfig
 
 # Names as llama.cpp's -ctk and -ctv take them. llama_cpp does not name bf16, number 30 of ggml.
@@ -39,11 +39,6 @@ def is_quantised(ggml_type: int | None) -> bool:
     return ggml_type not in (None, KV_TYPES["f32"], KV_TYPES["f16"], KV_TYPES["bf16"])
 
 
-def type_name(ggml_type: int) -> str:
-    """ggml's name of a type, e.g. "q8_0"."""
-    return gguf.GGMLQuantizationType(ggml_type).name.lower()
-
-
 def kv_cache_bytes(metadata: Mapping[str, str], n_ctx: int, type_k: int, type_v: int) -> int:
     """Size of a KV cache of `n_ctx` tokens, in bytes; `type_k` and `type_v` are ggml types."""
     arch = metadata["general.architecture"]
@@ -52,7 +47,7 @@ def kv_cache_bytes(metadata: Mapping[str, str], n_ctx: int, type_k: int, type_v:
     heads = heads * int(metadata.get(f"{arch}.block_count", 0)) if len(heads) == 1 else heads
 
     def row(elements: int, ggml_type: int) -> int:
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
+        block, size = block_of(ggml_type)
         return -(-elements // block) * size
 
     return n_ctx * sum(row(h * head_k, type_k) + row(h * head_v, type_v) for h in heads if h > 0)
@@ -109,7 +104,7 @@ def _check_blocks(metadata: Mapping[str, str], name: str, ggml_type: int) -> Non
     """Raise ConfigError where blocks would cross the ends of heads: without flash attention llama.cpp reads such keys
     wrongly, and keeps no such row."""
     head = _head_sizes(metadata)[name == "value"]
-    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(ggml_type)]
+    block, _ = block_of(ggml_type)
     if head % block:
         raise ConfigError(
             f"{type_name(ggml_type)} {name}s come in blocks of {block} elements, and a head of this model has {head}: "

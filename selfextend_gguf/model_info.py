@@ -9,7 +9,6 @@ from ctypes import Array
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import gguf
 import llama_cpp
 from llama_cpp._logger import logger, set_verbose
 
@@ -207,6 +206,8 @@ class ModelHeader:
         number = self.metadata.get("general.file_type")
         if number is None:
             return "unknown"
+        import gguf  # takes as long as a small model to load, and only this asks for it
+
         try:
             return gguf.LlamaFileType(int(number)).name.removeprefix("MOSTLY_").removeprefix("ALL_")
         except ValueError:

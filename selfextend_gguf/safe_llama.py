@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import llama_cpp
 import llama_cpp._internals as internals
@@ -23,7 +23,6 @@ from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_chat_format import get_chat_completion_handler, guess_chat_format_from_gguf_metadata
 from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.llama_tokenizer import LlamaTokenizer
-from llguidance import LLTokenizer
 
 from selfextend_gguf._native import (
     last_error,
@@ -64,6 +63,9 @@ from selfextend_gguf.templates import (
 )
 from selfextend_gguf.tokenizer import Tokenizer, encode, text_handler
 from selfextend_gguf.turns import TakesTurns, takes_turn
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 _OUT_OF_MEMORY = re.compile("alloc|memory", re.IGNORECASE)  # in what llama.cpp says of a device that refuses
 _MOST_LOGITS = 64 << 20  # bytes of one decode's that are computed for `on_logits`

@@ -6,12 +6,11 @@ import ctypes
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import gguf
-import llama_cpp.llama_cpp as c_api
+import llama_cpp
 
 from selfextend_gguf.errors import ModelFileError
+from selfextend_gguf.ggml import function, type_name
 from selfextend_gguf.stores.files import parts_of
 
 _VECTOR = re.compile(r"norm(_\w+)?\.weight|.*\.bias")  # what is multiplied or added element by element
@@ -25,32 +24,21 @@ def check_vectors(path: Path) -> None:
     """
     for part in parts_of(path):
         for name, kind in _types(part):
-            if _VECTOR.search(name) and kind != gguf.GGMLQuantizationType.F32:
-                raise ModelFileError(f"{part} has {name} in {_name(kind)}, of which llama.cpp takes F32 alone")
-
-
-def _name(kind: int) -> str:
-    try:
-        return gguf.GGMLQuantizationType(kind).name
-    except ValueError:
-        return f"type {kind}"
+            if _VECTOR.search(name) and kind != llama_cpp.GGML_TYPE_F32:
+                raise ModelFileError(
+                    f"{part} has {name} in {type_name(kind).upper()}, of which llama.cpp takes F32 alone"
+                )
 
 
 class _Parameters(ctypes.Structure):
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
-def _function(name: str, result: object, *arguments: object) -> Any:
-    function = c_api._lib[name]  # of ggml, which llama.cpp is linked to; another name may mean another copy
-    function.restype, function.argtypes = result, arguments
-    return function
-
-
-_open = _function("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, _Parameters)
-_close = _function("gguf_free", None, ctypes.c_void_p)
-_count = _function("gguf_get_n_tensors", ctypes.c_int64, ctypes.c_void_p)
-_name_of = _function("gguf_get_tensor_name", ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64)
-_type_of = _function("gguf_get_tensor_type", ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
+_open = function("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, _Parameters)
+_close = function("gguf_free", None, ctypes.c_void_p)
+_count = function("gguf_get_n_tensors", ctypes.c_int64, ctypes.c_void_p)
+_name_of = function("gguf_get_tensor_name", ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64)
+_type_of = function("gguf_get_tensor_type", ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
 
 
 def _types(path: Path) -> Iterator[tuple[str, int]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any
-
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from typing import TYPE_CHECKING, Any
 
 from selfextend_gguf.errors import GrammarError
 from selfextend_gguf.json_schema.rewriting import MOST_SCHEMAS, rewritten, schemas_in
+
+if TYPE_CHECKING:  # imported where a schema is kept: every start of a command would wait for it
+    from llguidance import LLMatcher, LLTokenizer
 
 _LONGEST = 2**18  # bytes
 _MOST_TRIES = 100  # to find the place of a problem
@@ -21,7 +22,6 @@ _OPTIONS = {
     # Without \u a name has one spelling, so that an additional one cannot be that of a property in other letters.
     "json_allowed_escapes": 'nrbtf\\"',
 }
-_LIMITS = LLParserLimits(max_items_in_row=20 * MOST_SCHEMAS, verbose_errors=False)
 
 
 def form(schema: Any) -> str:
@@ -41,7 +41,10 @@ def form(schema: Any) -> str:
 
 def matcher(kept: str, tokens: LLTokenizer) -> LLMatcher:
     """What follows a text under a form, token by token. It does not raise: ask its `is_error`."""
-    return LLMatcher(tokens, kept, log_level=0, limits=_LIMITS)
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(max_items_in_row=20 * MOST_SCHEMAS, verbose_errors=False)
+    return LLMatcher(tokens, kept, log_level=0, limits=limits)
 
 
 def vocabulary(pieces: Sequence[bytes], end_tokens: Sequence[int]) -> LLTokenizer:
@@ -49,6 +52,8 @@ def vocabulary(pieces: Sequence[bytes], end_tokens: Sequence[int]) -> LLTokenize
 
     Takes some seconds for the largest vocabularies.
     """
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     return LLTokenizer(TokenizerWrapper(_Pieces(pieces, end_tokens)), eos_token=list(end_tokens) or None)
 
 
