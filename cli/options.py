@@ -20,6 +20,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from selfextend_gguf._native import restore_log
 from selfextend_gguf.arguments import check_arguments
 from selfextend_gguf.chat_schemas import SchemaGrammar
+from selfextend_gguf.cores import fast_cores
 from selfextend_gguf.devices import ALL_LAYERS, add_rpc_server, usual_layers
 from selfextend_gguf.drafting import PromptLookup
 from selfextend_gguf.errors import ConfigError, TemplateError
@@ -273,7 +274,10 @@ SPLIT_MODES = {
 }
 device_options = _combine(
     click.option(
-        "-t", "--threads", type=click.IntRange(1), help="CPU threads [half of the cores to generate, all to read]."
+        "-t",
+        "--threads",
+        type=click.IntRange(1),
+        help="CPU threads [one a core to generate, all of its threads to read].",
     ),
     click.option(
         "-ngl",
@@ -621,7 +625,7 @@ def model_arguments(
     if device == ["none"]:
         gpu_layers, device = 0, None
     arguments = {
-        "n_threads": threads,
+        "n_threads": threads or fast_cores(),
         "n_threads_batch": threads,
         "n_gpu_layers": usual_layers() if gpu_layers is None else gpu_layers,
         "split_mode": SPLIT_MODES[split_mode],

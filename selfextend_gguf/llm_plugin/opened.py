@@ -10,6 +10,7 @@ import llm
 from llm.parts import StreamEvent, TextPart
 
 from selfextend_gguf.chat_schemas import SchemaGrammar
+from selfextend_gguf.cores import fast_cores
 from selfextend_gguf.generate import stream_completion
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.model_info import ModelInfo
@@ -65,7 +66,8 @@ class OpenedModel:
         if llama is None or (llama.n_ctx() < n_tokens if ctx is None else llama.n_ctx() != whole_cells(ctx)):
             self._close_llama()
             n_ctx = n_tokens + ROOM if ctx is None else ctx
-            self._llama = llama = Llama(str(self._path), n_ctx=n_ctx, model_info=self._info, verbose=False)
+            arguments: dict[str, Any] = {"n_threads": fast_cores(), "verbose": False}
+            self._llama = llama = Llama(str(self._path), n_ctx=n_ctx, model_info=self._info, **arguments)
         return llama
 
     def _close_llama(self) -> None:
