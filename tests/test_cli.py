@@ -494,21 +494,107 @@ def test_bench_reports_ratios():
             numbers[part]["extended_seconds"] / numbers[part]["plain_seconds"]
         )
     assert numbers["extended_peak"] > 2**20
-    assert 0 < numbers["resume_seconds"] < numbers["read"]["extended_seconds"]
+    assert 0 < numbers["file_seconds"] < numbers["resume_seconds"] < numbers["read"]["extended_seconds"]
+    assert 0 < numbers["rewrite_share"] < 1
+    assert numbers["own_programs"] == {}
 
 
 def test_bench_prints_tables():
     flags = ("bench", "--length", "512", "-n", "1", "--repeat", "1", "-t", "1", "-o")
     table = list(csv.DictReader(invoke(*flags, "csv").stdout.splitlines()))
-    names = ["read 512 tokens", "then 1 one by one", "or from a prompt cache", "peak memory"]
+    names = ["read 512 tokens", "then 1 one by one", "rewriting keys", "or from a prompt cache"]
+    names += ["its file alone", "peak memory"]
     assert [row["measured"] for row in table] == names
-    for row in (table[0], table[1], table[3]):
+    for row in (table[0], table[1], table[-1]):
         assert float(row["ratio"]) == pytest.approx(float(row["Self-Extend"]) / float(row["llama.cpp"]))
     assert {row["model"] for row in table} == {TINY_MODEL.name}
     head, line, *rows = [row.split("|")[1:-1] for row in invoke(*flags, "md").stdout.splitlines()]
     assert [cell.strip() for cell in head] == list(table[0])
     assert all(set(cell) <= set("-:") for cell in line)
     assert [row[1].strip() for row in rows] == names
+
+
+PROGRAM = """#!{python}
+import json, sys, time
+with open({log!r}, "a") as log:
+    log.write(json.dumps(sys.argv) + "\\n")
+time.sleep(0.05)
+print({output!r})
+sys.exit({status})
+"""
+
+
+def own_program(folder: Path, name: str, output: str, status: int = 0) -> tuple[Path, Path]:
+    """A program in place of one of llama.cpp's, which notes its arguments; and the file of its notes."""
+    path, log = folder / name, folder / f"{name}.log"
+    path.write_text(PROGRAM.format(python=sys.executable, log=str(log), output=output, status=status))
+    path.chmod(0o755)
+    return path, log
+
+
+def test_bench_compares_with_llama_cpps_own_programs(tmp_path):
+    bench, bench_log = own_program(tmp_path, "llama-bench", '[{"avg_ns": 250000000}]')
+    completion, completion_log = own_program(tmp_path, "llama-completion", "")
+    flags = ("--length", "512", "-n", "3", "--repeat", "2", "-t", "1", "-fa", "on", "-ctk", "q8_0", "--json")
+    result = invoke("bench", *flags, "--llama-bench", str(bench), "--llama-completion", str(completion))
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(result.stdout)
+    theirs = numbers["own_programs"]
+    assert [*theirs] == [
+        "read, llama-bench",
+        "generate, llama-bench",
+        "run, llama-completion",
+        "load, llama-completion",
+    ]
+    for name in ("read", "generate"):
+        assert theirs[f"{name}, llama-bench"]["plain_seconds"] == 0.25
+        assert theirs[f"{name}, llama-bench"]["extended_seconds"] == numbers[name]["extended_seconds"]
+    for name in ("run", "load"):
+        pair = theirs[f"{name}, llama-completion"]
+        assert pair["plain_seconds"] >= 0.05
+        assert pair["extended_seconds"] > 0.1  # a whole process of ours
+
+    def options(line: str) -> dict[str, str]:
+        arguments = json.loads(line)[1:]
+        return dict(zip(arguments, [*arguments[1:], ""], strict=True))
+
+    read, generate = map(options, bench_log.read_text().splitlines()[:2])
+    assert (read["-p"], read["-n"], generate["-p"], generate["-n"], generate["-d"]) == ("512", "0", "0", "3", "512")
+    for given in (read, generate):
+        assert (given["-m"], given["-t"], given["-fa"]) == (str(TINY_MODEL), "1", "1")
+        assert (given["-ctk"], given["-ctv"], given["-r"]) == ("q8_0", "f16", "1")
+    lines = [options(line) for line in completion_log.read_text().splitlines()]
+    assert len(lines) == 4
+    assert [line["-n"] for line in lines] == ["3", "1", "3", "1"]
+    assert all((line["-c"], line["-fa"], line["-ctk"]) == ("768", "on", "q8_0") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "words"),
+    [("", 3, "failed (3)"), ("no JSON", 0, "printed no measurement of llama-bench")],
+)
+def test_bench_says_why_another_program_did_not_measure(output, status, words, tmp_path):
+    path, _ = own_program(tmp_path, "llama-bench", output, status)
+    flags = ("--length", "512", "-n", "1", "--repeat", "1", "-t", "1")
+    result = invoke("bench", *flags, "--llama-bench", str(path))
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {path} ")
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_bench_looks_for_other_programs_before_it_measures(tmp_path):
+    result = invoke("bench", "--llama-completion", str(tmp_path / "nothing"))
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
+        2,
+        f"Error: Invalid value for '--llama-completion': File '{tmp_path / 'nothing'}' does not exist.",
+    )
+    program, _ = own_program(tmp_path, "llama-completion", "")
+    result = invoke("bench", "--llama-completion", str(program), "--pretend-trained", "128")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
+        2,
+        "Error: give --pretend-trained or --llama-completion, not both",
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)

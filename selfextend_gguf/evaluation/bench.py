@@ -1,6 +1,7 @@
 """Cost of Self-Extend against plain `llama_cpp.Llama`, measured side by side in one run.
 
-Both contexts are alive at once and take turns, so that whatever else the machine does hits both.
+Both contexts are alive at once and take turns, so that whatever else the machine does hits both; llama.cpp's own
+programs, where they are at hand, take their turns between them.
 Peak memory is read from two more processes that do nothing but read the text.
 """
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
+from selfextend_gguf.evaluation.own_programs import OwnPrograms, Turns
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.tiny.model_file import LlamaShape, random_tensors, write_llama
 
@@ -31,7 +34,7 @@ SMOLLM_135M = LlamaShape(
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median seconds of Self-Extend and of plain llama.cpp, and the median of the paired ratios."""
+    """Median seconds of Self-Extend and of what it is compared with, and the median of the paired ratios."""
 
     extended_seconds: float
     plain_seconds: float
@@ -40,15 +43,20 @@ class Ratio:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """`read`: `length` tokens; `generate`: one at a time after them; `resume_seconds`: to restore those tokens from a
-    prompt cache and decode the last one again; memory in bytes; `flash_attn`: whether both used it."""
+    """`read`: `length` tokens; `generate`: one at a time after them; `rewrite_share`: of those seconds, the share in
+    which keys were moved; `resume_seconds`: to restore those tokens from a prompt cache and decode the last one again;
+    `file_seconds`: to read the file of that cache; memory in bytes; `flash_attn`: whether both used it;
+    `own_programs`: against llama.cpp's own, by what was measured."""
 
     read: Ratio
     generate: Ratio
+    rewrite_share: float
     resume_seconds: float
+    file_seconds: float
     extended_peak: int
     plain_peak: int
     flash_attn: bool
+    own_programs: dict[str, Ratio]
 
 
 def write_random_model(path: Path, shape: LlamaShape, weight_type: str = "Q8_0") -> None:
@@ -61,7 +69,10 @@ def _tokens(n: int) -> list[int]:
     return tokens
 
 
-def _ratio(pairs: list[tuple[float, float]]) -> Ratio:
+Pair = tuple[float, float]  # seconds of Self-Extend, and of what it is compared with
+
+
+def _ratio(pairs: list[Pair]) -> Ratio:
     return Ratio(
         statistics.median(e for e, _ in pairs),
         statistics.median(p for _, p in pairs),
@@ -69,9 +80,7 @@ def _ratio(pairs: list[tuple[float, float]]) -> Ratio:
     )
 
 
-def _turns(
-    extended: llama_cpp.Llama, plain: llama_cpp.Llama, parts: list[list[int]], first: int
-) -> tuple[float, float]:
+def _turns(extended: llama_cpp.Llama, plain: llama_cpp.Llama, parts: list[list[int]], first: int) -> Pair:
     """Seconds each model spends on `parts`, taking turns after every part; `first` = who starts (0, 1)."""
     seconds = [0.0, 0.0]
     for turn, part in enumerate(parts):
@@ -84,31 +93,54 @@ def _turns(
 
 
 def run(
-    model: Path, length: int, generate: int, repeats: int, threads: int | None, flash_attn: bool | None
+    model: Path,
+    length: int,
+    generate: int,
+    repeats: int,
+    arguments: Mapping[str, Any],
+    programs: OwnPrograms,
 ) -> BenchResult:
-    """Measure `model`, `repeats` times: read `length` tokens at once, then evaluate `generate` more one by one."""
-    shared: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads, "verbose": False}
-    extended = Llama(str(model), n_ctx=length + generate + 1, flash_attn=flash_attn, **shared)
+    """Measure `model`, `repeats` times: read `length` tokens at once, then evaluate `generate` more one by one.
+
+    `arguments` are those of both `Llama` classes. Raises what `Llama` and `OwnPrograms` raise.
+    """
+    shared = {"verbose": False, **arguments}
+    extended = Llama(str(model), n_ctx=length + generate + 1, **shared)
     # The same flash attention on both sides: llama.cpp's automatic choice takes it wherever it can.
     flash_attn = extended.context_params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     shared |= {"n_ctx": extended.n_ctx(), "flash_attn": flash_attn}
     plain = llama_cpp.Llama(str(model), **shared)
     tokens = _tokens(length + generate)
-    read, generated, resumed = [], [], []
+    read: list[Pair] = []
+    generated: list[Pair] = []
+    resumed: list[Pair] = []
+    others: dict[str, list[Pair]] = {}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "prompt.kv"
+        turns = Turns(programs, extended, model, length, generate, arguments, Path(folder))
         for repeat in range(repeats):
             extended.reset()
             plain.reset()
             read.append(_turns(extended, plain, [tokens[:length]], repeat))
             extended.save_prompt(cache)
             generated.append(_turns(extended, plain, [[token] for token in tokens[length:]], repeat))
-            resumed.append(_resume(extended, cache))
+            resumed.append((_resume(extended, cache), _read_file(cache)))
+            for name, pair in turns.take(read[-1][0], generated[-1][0], repeat):
+                others.setdefault(name, []).append(pair)
+    rewriting, reading = extended.rewrite_stats.seconds, sum(e for e, _ in read + generated)
     extended.close()
     plain.close()
     extended_peak, plain_peak = (_peak(side, model, length, shared) for side in ("extended", "plain"))
     return BenchResult(
-        _ratio(read), _ratio(generated), statistics.median(resumed), extended_peak, plain_peak, flash_attn
+        read=_ratio(read),
+        generate=_ratio(generated),
+        rewrite_share=rewriting / reading,
+        resume_seconds=statistics.median(resume for resume, _ in resumed),
+        file_seconds=statistics.median(file for _, file in resumed),
+        extended_peak=extended_peak,
+        plain_peak=plain_peak,
+        flash_attn=flash_attn,
+        own_programs={name: _ratio(pairs) for name, pairs in others.items()},
     )
 
 
@@ -120,6 +152,13 @@ def _resume(llm: Llama, cache: Path) -> float:
     last = int(llm.input_ids[llm.n_tokens - 1])
     llm.n_tokens -= 1
     llm.eval([last])
+    return time.perf_counter() - began
+
+
+def _read_file(path: Path) -> float:
+    """Seconds to have a file in memory."""
+    began = time.perf_counter()
+    path.read_bytes()
     return time.perf_counter() - began
 
 
