@@ -34,11 +34,13 @@ SMOLLM_135M = LlamaShape(
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median seconds of Self-Extend and of what it is compared with, and the median of the paired ratios."""
+    """Median seconds of Self-Extend and of what it is compared with; of the paired ratios the median, and the ends."""
 
     extended_seconds: float
     plain_seconds: float
     ratio: float
+    lowest: float
+    highest: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def write_random_model(path: Path, shape: LlamaShape, weight_type: str = "Q8_0")
     write_llama(path, shape, random_tensors(shape, seed=0), weight_type=weight_type, name="random")
 
 
-def _tokens(n: int) -> list[int]:
+def tokens_of(n: int) -> list[int]:
+    """As many tokens, at random: the same for all models."""
     tokens: list[int] = np.random.default_rng(0).integers(1, 256, n).tolist()
     return tokens
 
@@ -73,10 +76,13 @@ Pair = tuple[float, float]  # seconds of Self-Extend, and of what it is compared
 
 
 def _ratio(pairs: list[Pair]) -> Ratio:
+    ratios = [e / p for e, p in pairs]
     return Ratio(
         statistics.median(e for e, _ in pairs),
         statistics.median(p for _, p in pairs),
-        statistics.median(e / p for e, p in pairs),
+        statistics.median(ratios),
+        min(ratios),
+        max(ratios),
     )
 
 
@@ -110,7 +116,7 @@ def run(
     flash_attn = extended.context_params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     shared |= {"n_ctx": extended.n_ctx(), "flash_attn": flash_attn}
     plain = llama_cpp.Llama(str(model), **shared)
-    tokens = _tokens(length + generate)
+    tokens = tokens_of(length + generate)
     read: list[Pair] = []
     generated: list[Pair] = []
     resumed: list[Pair] = []
@@ -178,7 +184,7 @@ def _peak(side: str, model: Path, length: int, arguments: dict[str, Any]) -> int
 
 def _read_and_report(side: str, model: str, length: int, arguments: dict[str, Any]) -> None:
     llm = (Llama if side == "extended" else llama_cpp.Llama)(model, **arguments)
-    llm.eval(_tokens(length))
+    llm.eval(tokens_of(length))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"peak_bytes": peak * (1 if sys.platform == "darwin" else 1024)}))
 

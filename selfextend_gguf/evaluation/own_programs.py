@@ -82,9 +82,9 @@ class Turns:
                 yield f"{name}, llama-completion", (seconds[0], seconds[1])
 
     def _bench(self, threads: int, *arguments: str) -> float:
-        """Seconds by its own clock, which leaves out loading, and a first time to warm up."""
+        """Seconds by its own clock, which leaves out loading."""
         command = [str(self._programs.llama_bench), "-m", self._model, *self._bench_options, "-t", str(threads)]
-        output = _output([*command, *arguments, "-r", "1", "-o", "json"])
+        output = _output([*command, *arguments, "-r", "1", "--no-warmup", "-o", "json"])
         try:
             return float(json.loads(output)[0]["avg_ns"]) / 1e9
         except (ValueError, LookupError, TypeError) as error:
