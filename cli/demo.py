@@ -34,7 +34,7 @@ def demo(times: int, depth: float, seed: int) -> None:
     task = key_task(np.random.default_rng(seed), text, times * n_ctx_train, depth)
     n_ctx = times * n_ctx_train + 64
     extended = Llama(str(TINY_MODEL), n_ctx=n_ctx, verbose=False)
-    plain = llama_cpp.Llama(str(TINY_MODEL), n_ctx=extended.n_ctx(), verbose=False)
+    plain = llama_cpp.Llama(str(TINY_MODEL), n_ctx=extended.n_ctx(), op_offload=False, verbose=False)
 
     click.echo(f"The bundled model ({TINY_MODEL.name}) was trained on {n_ctx_train} tokens (bytes).")
     click.echo(f"It reads {len(task.prompt)} tokens, {times} times as many. {depth:.0%} into the text stands:")

@@ -117,6 +117,8 @@ class Llama(SafeLlama):
             schedule: One of `schedule.SCHEDULES`: "selfextend", "paper", "adagrope", "rerope", "leaky-rerope".
             model_info: The same file, if it is open already: it is not opened once more.
             devices: Names of the devices for the `n_gpu_layers`, as in `devices.devices()`; None = all.
+            op_offload: Let devices compute large batches of layers that are on the CPU; None = as llama.cpp does, but
+                not where the text is extended and no layer is on a device.
             adapters: Scales of LoRA adapters by their paths, beside `lora_path` with its `lora_scale`.
             kwargs: All other arguments of `llama_cpp.Llama`. Its `seed` is the same in every process unless another
                 is given, and so are the answers: give one for answers that differ, here or to each completion.
@@ -148,6 +150,10 @@ class Llama(SafeLlama):
             #: Resolved parameters; None while `n_ctx` is within the trained context.
             self.self_extend: SelfExtendConfig | None = plan_if_beyond(info.n_ctx_train, n_ctx, **self._plan_arguments)
             check_chat_format(arguments.get("chat_format"), info.metadata)
+            if self.self_extend is not None and not arguments.get("n_gpu_layers"):
+                # llama.cpp would have a device compute large batches even with no layer there. With CUDA that ended the
+                # process (docs/devices.md), and who puts no layer on a device expects the CPU.
+                arguments["op_offload"] = bool(arguments.get("op_offload"))
             if can_foresee(info, arguments):
                 check_memory(demand_of(info, **arguments))
         super().__init__(**arguments)

@@ -41,7 +41,8 @@ def load(path: str, n_gpu_layers: int, kind: str, *, plain: bool = False, **argu
         path,
         n_ctx=1024,
         n_gpu_layers=n_gpu_layers,
-        op_offload=n_gpu_layers != 0,  # else llama.cpp computes large batches on the device even with no layer there
+        # else llama.cpp computes large batches on the device even with no layer there
+        op_offload=arguments.pop("op_offload", n_gpu_layers != 0),
         logits_all=True,
         flash_attn=False,  # it would round f32 keys; and in Mesa 22.3, even plain llama.cpp crashes with it
         verbose=False,
@@ -109,8 +110,22 @@ def test_cache_on_the_host_and_layers_on_the_device(model, name):
     assert relative_error(llm.scores[:N], cpu.scores[:N]) < tolerance(path, "f32")
 
 
-def test_a_model_over_two_servers_of_ones_choice(model):
+@pytest.mark.parametrize("n_gpu_layers", [ALL_LAYERS, 2, 0])
+def test_steps_that_are_large_enough_for_a_device_to_take_what_is_on_the_cpu(n_gpu_layers):
+    """The bundled model reads in steps of 64 tokens. From 32 on, llama.cpp has devices compute products with weights
+    that are not there."""
+    path, tokens = str(TINY_MODEL), random_tokens(1000, seed=12)
+    cpu, llm = load(path, 0, "f16"), load(path, n_gpu_layers, "f16", op_offload=n_gpu_layers != 0 or None)
+    cpu.eval(tokens)
+    llm.eval(tokens)
+    assert llm.rewrite_stats.n_rewrites > 5
+    assert relative_error(llm.scores[: len(tokens)], cpu.scores[: len(tokens)]) < tolerance(path, "f16")
+
+
+def test_a_model_over_two_servers_of_ones_choice(model, request):
     """What `--rpc A,B -dev RPC..., -ts 1,3` gives: half of it would be enough to be wrong."""
+    if request.config.getoption("--device") != "rpc":
+        pytest.skip("of RPC servers")
     path, tokens = str(model("norm-128")), random_tokens(N, seed=11)
     before = devices()
     with rpc.running() as first, rpc.running() as second:
