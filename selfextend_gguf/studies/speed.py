@@ -33,11 +33,11 @@ from selfextend_gguf.models import TINY_MODEL
 GENERATE = 32  # tokens
 REPEATS = 5
 LONG = 16384  # tokens that take a model of MODEL's size minutes: measured once
-CHOSEN_LENGTH = 512  # tokens that are read with all choices
+CHOSEN_LENGTH = 1024  # tokens that are read with all choices
 TIMES, LONGEST = 4, 16384  # trained contexts that are read, at most so many tokens
 GOAL = 1.01  # of reading and generating beyond the trained context, to plain llama_cpp.Llama
 STARTS = 20
-BATCHES = (128, 256, 512)
+BATCHES = (256, 512, 1024)
 
 
 @dataclass(frozen=True)
