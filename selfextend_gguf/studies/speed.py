@@ -230,7 +230,7 @@ START = """\
 |---|---:|"""
 
 COMMANDS: dict[str, list[str]] = {
-    "`sx-gguf --help`": [RUN, "--help"],
+    "`sx-gguf` with `--help`": [RUN, "--help"],
     '`python -c "import click"`': [sys.executable, "-c", "import click"],
     "`python -c pass`": [sys.executable, "-c", "pass"],
 }
@@ -264,8 +264,8 @@ python -m selfextend_gguf.studies.speed {model} --llama-bench PATH --llama-compl
 ```
 
 Both sides take turns in one run. Times are medians of {repeats}, and a ratio is the median of the paired ratios, ours
-divided by theirs: below 1 ours is faster. {long} tokens of {model} were measured once. Random tokens are read, with an
-f16 cache unless said otherwise. `sx-gguf bench` measures one row of each table.
+divided by theirs: below 1 ours is faster. {long} tokens were measured once, but for the bundled model. Random tokens
+are read, with an f16 cache unless said otherwise. `sx-gguf bench` measures one row of each table.
 
 ## Beside llama.cpp's own programs
 
@@ -296,8 +296,8 @@ doing nothing with it.
 ## What is chosen by itself
 
 Flash attention is on unless steps are small (`-fa auto`), commands generate with a thread for each physical core, and
-batches hold 512 tokens. Self-Extend with every other choice, {chosen_length} tokens of {model} and {tiny_length} of the
-bundled model, trained contexts as they are:
+batches hold 512 tokens. Our `Llama` with every other choice, which reads {chosen_length} tokens, and {tiny_length} with
+the bundled model:
 
 {choices}
 
