@@ -330,7 +330,7 @@ def faults(n_sharing: int = 100) -> list[Fault]:
         Fault("standard output is a full disk", full_output),
         Fault("standard output is closed", closed_output),
         Fault("standard output is a pipe that nobody reads", stalled_output),
-        Fault("`ulimit -v`: too little memory", partial(limited, resource.RLIMIT_AS, 500 * 2**20, "memory")),
+        Fault("`ulimit -v`: too little memory", partial(limited, resource.RLIMIT_AS, 350 * 2**20, "memory")),
         Fault("`ulimit -n`: too few open files", partial(limited, resource.RLIMIT_NOFILE, 5, "Too many open files")),
         Fault("the clock goes back by a year", clock_backwards),
         Fault("100 programs share a folder of prompts", partial(sharing, n_sharing)),
