@@ -25,7 +25,7 @@ from selfextend_gguf.checks import (
 )
 from selfextend_gguf.devices import chosen
 from selfextend_gguf.errors import ConfigError, IgnoredArgumentWarning
-from selfextend_gguf.kv_cache import KV_TYPES
+from selfextend_gguf.kv_cache import cache_type
 from selfextend_gguf.schedule import LONGEST
 
 #: Of older versions of `llama_cpp.Llama`, which takes anything now and ignores it.
@@ -33,17 +33,6 @@ _LEGACY = {"f16_kv", "low_vram", "mul_mat_q", "n_gqa", "n_parts", "rms_norm_eps"
 _INT32 = 2**31 - 1
 _MOST_THREADS = 512  # GGML_MAX_N_THREADS
 _LONGEST_OVERRIDE = 127  # bytes of a key or a text, with its end 128
-
-# iq4_nl has blocks of 32 like the named ones; types of other shapes end the process where rows are cut into heads.
-_CACHE_TYPES = {**KV_TYPES, "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL}
-
-
-def _cache_type(name: str, value: Any) -> int:
-    number = whole_number(name, value)
-    if number not in _CACHE_TYPES.values():
-        known = ", ".join(f"{kind} = {number}" for kind, number in _CACHE_TYPES.items())
-        raise ConfigError(f"{name} must be a type that a cache can have ({known}), not {shown(number)}")
-    return number
 
 
 def _tensor_split(name: str, value: Any) -> list[float]:
@@ -155,8 +144,8 @@ CHECKS: dict[str, Check] = {
     "chat_handler": optional(callable_),
     "draft_model": optional(callable_),
     "tokenizer": optional(_tokenizer),
-    "type_k": optional(_cache_type),
-    "type_v": optional(_cache_type),
+    "type_k": optional(cache_type),
+    "type_v": optional(cache_type),
     "spm_infill": truth,
     "verbose": truth,
 }

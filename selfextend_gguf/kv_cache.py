@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import llama_cpp
 
+from selfextend_gguf.checks import shown, whole_number
 from selfextend_gguf.errors import ConfigError, KeyPrecisionWarning, UnsupportedModelError
 from selfextend_gguf.ggml import block_of, type_name
 from selfextend_gguf.schedule import SelfExtendConfig
@@ -24,6 +26,9 @@ KV_TYPES: dict[str, int] = {
     "q4_0": llama_cpp.GGML_TYPE_Q4_0,
 }
 
+# iq4_nl has blocks of 32 like the named ones; types of other shapes end the process where rows are cut into heads.
+_CACHE_TYPES = {**KV_TYPES, "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL}
+
 # How often a key can be rewritten until the error of the logits has about doubled, by measurement: docs/kv-cache.md.
 # Types of 16 and more bits are not named: 50 rewrites did not hurt them.
 SAFE_REWRITES = {"q8_0": 50, "q5_1": 10, "q5_0": 10, "q4_1": 10, "q4_0": 10}
@@ -34,13 +39,23 @@ _SMALL_STEP = 256  # tokens
 _WITHOUT_FLASH_ATTENTION = frozenset({"plm"})
 
 
+def cache_type(name: str, value: Any) -> int:
+    """A type of ggml that a cache can have. Raises ConfigError for others: ggml reads beyond its table for them."""
+    number = whole_number(name, value)
+    if number not in _CACHE_TYPES.values():
+        known = ", ".join(f"{kind} = {number}" for kind, number in _CACHE_TYPES.items())
+        raise ConfigError(f"{name} must be a type that a cache can have ({known}), not {shown(number)}")
+    return number
+
+
 def is_quantised(ggml_type: int | None) -> bool:
     """Is it a type of blocks with a common scale? None is llama.cpp's default, f16."""
     return ggml_type not in (None, KV_TYPES["f32"], KV_TYPES["f16"], KV_TYPES["bf16"])
 
 
 def kv_cache_bytes(metadata: Mapping[str, str], n_ctx: int, type_k: int, type_v: int) -> int:
-    """Size of a KV cache of `n_ctx` tokens, in bytes; `type_k` and `type_v` are ggml types."""
+    """Size of a KV cache of `n_ctx` tokens, in bytes; `type_k` and `type_v` are ggml types. Raises ConfigError."""
+    type_k, type_v = cache_type("type_k", type_k), cache_type("type_v", type_v)
     arch = metadata["general.architecture"]
     head_k, head_v = _head_sizes(metadata)
     heads = per_layer(metadata, f"{arch}.attention.head_count_kv", _n_head(metadata))

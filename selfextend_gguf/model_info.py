@@ -219,7 +219,7 @@ class ModelHeader:
         return int(llama_cpp.llama_model_n_swa(self.model.model)) > 0
 
     def kv_cache_bytes(self, n_ctx: int, type_k: int, type_v: int) -> int:
-        """Size of a KV cache of `n_ctx` tokens, in bytes."""
+        """Size of a KV cache of `n_ctx` tokens, in bytes. Raises ConfigError for a type that no cache can have."""
         return kv_cache_bytes(self.metadata, n_ctx, type_k, type_v)
 
     @property

@@ -8,8 +8,18 @@ import pytest
 from helpers import F32, random_tokens, relative_error
 
 from selfextend_gguf import Llama
-from selfextend_gguf.errors import EngineError, KeyPrecisionWarning
+from selfextend_gguf.errors import ConfigError, EngineError, KeyPrecisionWarning
 from selfextend_gguf.kv_cache import KV_TYPES
+from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.models import TINY_MODEL
+
+
+@pytest.mark.parametrize("number", [-1, 4, 31, 999, "f16"])
+@pytest.mark.parametrize("which", ["type_k", "type_v"])
+def test_the_size_of_a_cache_of_no_known_type(which, number):
+    types = {"type_k": KV_TYPES["f16"], "type_v": KV_TYPES["f16"]} | {which: number}
+    with ModelInfo(TINY_MODEL) as info, pytest.raises(ConfigError, match=which):
+        info.kv_cache_bytes(512, **types)
 
 
 @pytest.mark.parametrize("schedule", ["selfextend", "paper"])
