@@ -102,7 +102,6 @@ def bench(
             "n_threads": threads,
             "n_threads_batch": threads,
             "flash_attn": FLASH_ATTN[flash_attn],
-            "op_offload": False,  # all on the CPU
             "type_k": KV_TYPES[cache_type_k],
             "type_v": KV_TYPES[cache_type_v],
             **pretended(path, pretend_trained),

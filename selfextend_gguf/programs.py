@@ -1,9 +1,11 @@
-"""Programs of this package that run in a process of their own, so that what they are given can end only them."""
+"""Programs of this package that run in a process of their own: the command line, and what files can end."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+SX_GGUF = str(Path(sys.executable).with_name("sx-gguf"))  #: the command line, as pip puts it beside Python
 
 # With this program's own search path, wherever its packages come from, and without the program's folder in it.
 _START = "import runpy, sys; path, n = sys.argv[1], int(sys.argv[2]); sys.path[:], sys.argv[:] = sys.argv[3 : 3 + n], \

@@ -520,6 +520,7 @@ with open({log!r}, "a") as log:
     log.write(json.dumps(sys.argv) + "\\n")
 time.sleep(0.05)
 print({output!r})
+print("one line\\nand another", file=sys.stderr)
 sys.exit({status})
 """
 
@@ -571,7 +572,7 @@ def test_bench_compares_with_llama_cpps_own_programs(tmp_path):
 
 @pytest.mark.parametrize(
     ("output", "status", "words"),
-    [("", 3, "failed (3)"), ("no JSON", 0, "printed no measurement of llama-bench")],
+    [("", 3, "failed (3): one line and another"), ("no JSON", 0, "printed no measurement of llama-bench")],
 )
 def test_bench_says_why_another_program_did_not_measure(output, status, words, tmp_path):
     path, _ = own_program(tmp_path, "llama-bench", output, status)

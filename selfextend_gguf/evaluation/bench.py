@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,16 @@ def _turns(extended: llama_cpp.Llama, plain: llama_cpp.Llama, parts: list[list[i
     seconds = [0.0, 0.0]
     for turn, part in enumerate(parts):
         for side in ((turn + first) % 2, (turn + first + 1) % 2):
-            llm = plain if side else extended
-            began = time.perf_counter()
-            llm.eval(part)
-            seconds[side] += time.perf_counter() - began
+            seconds[side] += seconds_to_eval(plain if side else extended, [part])
     return seconds[0], seconds[1]
+
+
+def seconds_to_eval(llm: llama_cpp.Llama, parts: Sequence[Sequence[int]]) -> float:
+    """Seconds to evaluate tokens, part after part."""
+    began = time.perf_counter()
+    for part in parts:
+        llm.eval(part)
+    return time.perf_counter() - began
 
 
 def run(
@@ -106,11 +111,12 @@ def run(
     arguments: Mapping[str, Any],
     programs: OwnPrograms,
 ) -> BenchResult:
-    """Measure `model`, `repeats` times: read `length` tokens at once, then evaluate `generate` more one by one.
+    """Measure `model` on the CPU, `repeats` times: read `length` tokens at once, then evaluate `generate` more one by
+    one.
 
     `arguments` are those of both `Llama` classes. Raises what `Llama` and `OwnPrograms` raise.
     """
-    shared = {"verbose": False, **arguments}
+    shared = {"verbose": False, "op_offload": False, **arguments}  # without it a device would help the CPU
     extended = Llama(str(model), n_ctx=length + generate + 1, **shared)
     # The same flash attention on both sides: llama.cpp's automatic choice takes it wherever it can.
     flash_attn = extended.context_params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED

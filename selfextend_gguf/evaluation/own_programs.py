@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from selfextend_gguf.errors import ConfigError
 from selfextend_gguf.ggml import type_name
 from selfextend_gguf.llama import Llama
 from selfextend_gguf.models import DEMO_TEXT
+from selfextend_gguf.programs import SX_GGUF
 
-RUN = str(Path(sys.executable).with_name("sx-gguf"))
 _LAST_WORDS = 300  # characters of what a program said before it failed
 
 
@@ -52,7 +51,7 @@ class Turns:
         self._model = str(model)
         self._length, self._generate = length, generate
         self._threads = (params.n_threads_batch, params.n_threads)  # to read, to generate
-        common = ["-ngl", "0", "-ctk", type_name(params.type_k), "-ctv", type_name(params.type_v)]
+        common = ["-dev", "none", "-ctk", type_name(params.type_k), "-ctv", type_name(params.type_v)]
         flash_attn = params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._bench_options = [*common, "-fa", str(int(flash_attn))]
         self._run_options = [*common, "-c", str(llm.n_ctx()), "--temp", "0", "--ignore-eos"]
@@ -60,11 +59,12 @@ class Turns:
             self._run_options += ["-t", str(arguments["n_threads"])]
         if arguments.get("flash_attn") is not None:
             self._run_options += ["-fa", "on" if arguments["flash_attn"] else "off"]
-        text = DEMO_TEXT.read_text(encoding="ascii")
-        self._prompts = {
-            "run": _prompt(llm, text, length, folder / "prompt.txt"),
-            "load": _prompt(llm, text, 8, folder / "short.txt"),
-        }
+        if programs.llama_completion:
+            text = DEMO_TEXT.read_text(encoding="ascii")
+            self._prompts = {
+                "run": _prompt(llm, text, length, folder / "prompt.txt"),
+                "load": _prompt(llm, text, 8, folder / "short.txt"),
+            }
 
     def take(self, read: float, generate: float, turn: int) -> Iterator[tuple[str, tuple[float, float]]]:
         """Measure once: names, and seconds of ours and of theirs. `read` and `generate` are those of the `Llama`.
@@ -78,7 +78,7 @@ class Turns:
             for name, n_tokens in (("run", self._generate), ("load", 1)):
                 seconds = [0.0, 0.0]
                 for side in (turn % 2, (turn + 1) % 2):
-                    seconds[side] = _seconds(self._completion(side == 1, name, n_tokens))
+                    seconds[side] = seconds_of(self._completion(side == 1, name, n_tokens))
                 yield f"{name}, llama-completion", (seconds[0], seconds[1])
 
     def _bench(self, threads: int, *arguments: str) -> float:
@@ -94,7 +94,7 @@ class Turns:
         options = [*self._run_options, "-f", str(self._prompts[prompt]), "-n", str(n_tokens)]
         if theirs:
             return [str(self._programs.llama_completion), "-m", self._model, *options, "-no-cnv"]
-        return [RUN, "run", self._model, *options, "--raw"]
+        return [SX_GGUF, "run", self._model, *options, "--raw"]
 
 
 def _prompt(llm: Llama, text: str, n_tokens: int, path: Path) -> Path:
@@ -111,12 +111,13 @@ def _output(command: Sequence[str]) -> str:
     except OSError as error:
         raise ConfigError(f"{command[0]} cannot be run: {error.strerror}") from error
     if done.returncode:
-        raise ConfigError(f"{command[0]} failed ({done.returncode}): {done.stderr.strip()[-_LAST_WORDS:]}")
+        last_words = " ".join(done.stderr[-_LAST_WORDS:].split())
+        raise ConfigError(f"{command[0]} failed ({done.returncode}): {last_words}")
     return done.stdout
 
 
-def _seconds(command: Sequence[str]) -> float:
-    """Seconds of a process from its start to its end."""
+def seconds_of(command: Sequence[str]) -> float:
+    """Seconds of a process from its start to its end. Raises ConfigError for one that fails."""
     began = time.perf_counter()
     _output(command)
     return time.perf_counter() - began

@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.programs import SX_GGUF
 
 SHORT = {"prompt": "The first thing to know is", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
 
@@ -51,7 +51,7 @@ class Server:
     """A running `sx-gguf serve` on a free port."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [str(Path(sys.executable).with_name("sx-gguf")), "serve", *arguments, "--port", "0"]
+        command = [SX_GGUF, "serve", *arguments, "--port", "0"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +20,15 @@ from typing import Any
 
 from selfextend_gguf.cores import fast_cores
 from selfextend_gguf.evaluation import bench
-from selfextend_gguf.evaluation.bench import BenchResult, Ratio
+from selfextend_gguf.evaluation.bench import BenchResult, Ratio, seconds_to_eval
 from selfextend_gguf.evaluation.kept import Kept, made_by
-from selfextend_gguf.evaluation.own_programs import RUN, OwnPrograms
+from selfextend_gguf.evaluation.own_programs import OwnPrograms, seconds_of
 from selfextend_gguf.evaluation.readers import pretended
 from selfextend_gguf.kv_cache import KV_TYPES
 from selfextend_gguf.llama import Llama
-from selfextend_gguf.model_info import ModelInfo
+from selfextend_gguf.model_info import ModelHeader
 from selfextend_gguf.models import TINY_MODEL
+from selfextend_gguf.programs import SX_GGUF
 
 GENERATE = 32  # tokens
 REPEATS = 5
@@ -73,7 +73,7 @@ def cells(trained: Sequence[int], threads: Sequence[int]) -> Iterator[Cell]:
 
 def pretence(model: Path, trained: int) -> int | None:
     """What to pretend so that a model counts as trained on so many tokens: nothing if it was."""
-    with ModelInfo(model) as info:
+    with ModelHeader(model) as info:
         return None if trained == info.n_ctx_train else trained
 
 
@@ -211,16 +211,10 @@ def _take_turns(model: Path, every: Sequence[Choice], length: int) -> list[tuple
     for _ in range(REPEATS):
         for its, choice in zip(seconds, every, strict=True):
             llm = Llama(str(model), n_ctx=length + GENERATE + 1, verbose=False, **choice.arguments())
-            its.append((_timed(llm, [tokens[:length]]), _timed(llm, [[token] for token in tokens[length:]])))
+            one_by_one = [[token] for token in tokens[length:]]
+            its.append((seconds_to_eval(llm, [tokens[:length]]), seconds_to_eval(llm, one_by_one)))
             llm.close()
     return [(statistics.median(r for r, _ in its), statistics.median(g for _, g in its)) for its in seconds]
-
-
-def _timed(llm: Llama, parts: Sequence[Sequence[int]]) -> float:
-    began = time.perf_counter()
-    for part in parts:
-        llm.eval(part)
-    return time.perf_counter() - began
 
 
 # ---- starts ----------------------------------------------------------------------------------------------------------
@@ -230,7 +224,7 @@ START = """\
 |---|---:|"""
 
 COMMANDS: dict[str, list[str]] = {
-    "`sx-gguf` with `--help`": [RUN, "--help"],
+    "`sx-gguf` with `--help`": [SX_GGUF, "--help"],
     '`python -c "import click"`': [sys.executable, "-c", "import click"],
     "`python -c pass`": [sys.executable, "-c", "pass"],
 }
@@ -246,9 +240,7 @@ def _start() -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(STARTS):
         for name, command in COMMANDS.items():
-            began = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(seconds_of(command))
     return {name: statistics.median(its) for name, its in seconds.items()}
 
 
@@ -264,8 +256,8 @@ python -m selfextend_gguf.studies.speed {model} --llama-bench PATH --llama-compl
 ```
 
 Both sides take turns in one run. Times are medians of {repeats}, and a ratio is the median of the paired ratios, ours
-divided by theirs: below 1 ours is faster. {long} tokens were measured once, but for the bundled model. Random tokens
-are read, with an f16 cache unless said otherwise. `sx-gguf bench` measures one row of each table.
+divided by theirs: below 1 ours is faster. {long} tokens were measured once, but for the bundled model. Whole runs
+read a text, all others random tokens, with an f16 cache unless said otherwise.
 
 ## Beside llama.cpp's own programs
 
