@@ -66,8 +66,9 @@ class OpenedModel:
         if llama is None or (llama.n_ctx() < n_tokens if ctx is None else llama.n_ctx() != whole_cells(ctx)):
             self._close_llama()
             n_ctx = n_tokens + ROOM if ctx is None else ctx
-            arguments: dict[str, Any] = {"n_threads": fast_cores(), "verbose": False}
-            self._llama = llama = Llama(str(self._path), n_ctx=n_ctx, model_info=self._info, **arguments)
+            self._llama = llama = Llama(
+                str(self._path), n_ctx=n_ctx, model_info=self._info, n_threads=fast_cores(), verbose=False
+            )
         return llama
 
     def _close_llama(self) -> None:
